@@ -1,0 +1,1 @@
+"""Provably robust image classifiers by contrastive denoising and randomized smoothing."""

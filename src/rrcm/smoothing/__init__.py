@@ -1,0 +1,1 @@
+"""Certification of any module that maps images to logits, by randomized smoothing."""
