@@ -1,0 +1,142 @@
+"""Certifies a model on a data set: from names on a command line to rows in a journal."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rrcm import data, noise
+from rrcm.encoder import Classifier
+from rrcm.errors import UserError
+from rrcm.pretrained import load_pretrained
+from rrcm.progress import progress_bar
+from rrcm.smoothing import (
+    Journal,
+    SmoothedClassifier,
+    certify_images,
+    journal_settings,
+    select_indices,
+)
+from rrcm.training import resolve_precision
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to certify; the field's protocol is n0 = 100, n = 100,000, alpha = 0.001."""
+
+    n0: int = 100
+    """Noise samples that pick the class."""
+    n: int = 100_000
+    """Further samples that bound its probability."""
+    alpha: float = 0.001
+    """Probability that a certificate is wrong."""
+    stride: int = 1
+    """Take every stride-th image of the split."""
+    max_images: int | None = None
+    """Most images to certify; None for all."""
+    batch_size: int = 1000
+    """Noisy copies in one forward pass; does not change the noise."""
+    seed: int = 0
+    precision: str = "auto"
+    """"float32", "bfloat16", or "auto" for the faster; recorded in the journal."""
+
+
+def certify(
+    model: nn.Module,
+    images: data.ImageSet,
+    sigma: float,
+    out: Path,
+    settings: Settings,
+    device: torch.device,
+    label: str = "certify",
+) -> Path:
+    """Certifies images of a data set; resumes if `out` holds the same run.
+
+    Args:
+        model: images [B, C, H, W] in [0, 1] plus noise -> logits [B, K].
+        images: the data; image i of the journal is image i of this split.
+        sigma: noise level on the [0, 1] scale, > 0.
+        out: folder of the journal, `out/journal.jsonl`.
+        settings: the protocol.
+        device: where to run the model.
+        label: what the progress bar says.
+
+    Returns:
+        The journal's path.
+
+    Raises:
+        UserError, SmoothingError: bad settings or data, or a folder of another run.
+    """
+    if isinstance(model, Classifier):
+        model = at_sigma(model, sigma)
+    dtype = getattr(torch, resolve_precision(settings.precision, device))
+    smoothed = SmoothedClassifier(model, sigma, images.num_classes, device=device, dtype=dtype)
+    indices = select_indices(len(images), settings.stride, max_images=settings.max_images)
+    described = journal_settings(
+        smoothed,
+        data=f"{images.name} {images.split} {images.fingerprint}",
+        n0=settings.n0,
+        n=settings.n,
+        alpha=settings.alpha,
+        seed=settings.seed,
+    )
+    path = out / "journal.jsonl"
+
+    def image_and_label(index: int) -> tuple[Tensor, int]:
+        return data.to_unit(images.image(index)), int(images.labels[index])
+
+    with Journal(path, described) as journal:
+        done = len([index for index in indices if index in journal.done])
+        right = sum(row["correct"] for row in journal.done.values())
+        with progress_bar(label, len(indices), "image", done=done) as advance:
+            for row in certify_images(
+                smoothed,
+                image_and_label,
+                indices,
+                journal,
+                n0=settings.n0,
+                n=settings.n,
+                alpha=settings.alpha,
+                batch_size=settings.batch_size,
+                seed=settings.seed,
+            ):
+                done, right = done + 1, right + row["correct"]
+                advance(done, f"certified accuracy at 0: {right / done:.1%}")
+    return path
+
+
+def at_sigma(classifier: Classifier, sigma: float) -> Classifier:
+    """The classifier, reading its time value at the grid level nearest to `2 * sigma`."""
+    classifier.level = noise.nearest_level(noise.level_for_sigma(sigma))
+    return classifier
+
+
+def load_model(place: str) -> nn.Module:
+    """A saved Classifier, or what `factory()` of a Python file returns (`FILE.py:factory`).
+
+    Only name files you trust: the file is run.
+
+    Raises:
+        UserError: nothing there, no such function, or it does not return a module.
+    """
+    file, colon, name = place.rpartition(":")
+    if not (colon and file.endswith(".py")):
+        if place.endswith(".py"):
+            raise UserError(f"{place}: name the function that makes the model, {place}:FUNCTION")
+        return load_pretrained(Classifier, place)
+    if not Path(file).is_file():
+        raise UserError(f"{file}: no such file")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        raise UserError(f"{file}: has no function {name!r} that makes the model")
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{place}: returned {type(model).__name__}, expected a torch.nn.Module")
+    return model.eval()

@@ -1,0 +1,251 @@
+"""The command line: parses, calls, prints. Everything it does is a function elsewhere."""
+
+import signal
+import sys
+import warnings
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="rrcm",
+    help="Provably robust image classifiers: pre-train by contrastive denoising, fine-tune for a "
+    "noise level, certify by randomized smoothing.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+RecipeName = Annotated[
+    str,
+    typer.Option("--recipe", "-r", help="A recipe's name, or a YAML file.", metavar="NAME|FILE"),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings to change, e.g. pretrain.steps=100 seed=1.", metavar="KEY=VALUE"),
+]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="The run's folder; the same command resumes.")
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if there is one.")
+]
+
+
+@app.command()
+def quickstart(
+    out: Out = Path("runs/quickstart"),
+    seed: Annotated[int, typer.Option(help="Seed of the whole run.")] = 0,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Skip pre-training, to see what it gives.")
+    ] = False,
+) -> None:
+    """Pre-train, fine-tune, certify and report on bundled digits: minutes on two CPU cores."""
+    from rrcm.quickstart import quickstart as run
+
+    run(out, seed, from_scratch, Console())
+
+
+@app.command()
+def pretrain(
+    recipe: RecipeName,
+    out: Out,
+    overrides: Overrides = None,
+    device: Device = None,
+) -> None:
+    """Stage one: pre-train an encoder by contrastive denoising."""
+    from rrcm.config import load_recipe
+    from rrcm.pretrain import pretrain as run
+
+    settings = load_recipe(recipe, overrides)
+    print(f"saved the encoder in {run(settings, out, _device(device))}")
+
+
+@app.command()
+def finetune(
+    recipe: RecipeName,
+    sigma: Annotated[float, typer.Option(help="Noise level on the [0, 1] pixel scale.")],
+    out: Out,
+    overrides: Overrides = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="A saved Encoder.", metavar="DIR|HUB_NAME")
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Start from random weights instead.")
+    ] = False,
+    device: Device = None,
+) -> None:
+    """Stage two: fine-tune a classifier for one sigma."""
+    from rrcm.config import load_recipe
+    from rrcm.errors import UserError
+    from rrcm.finetune import finetune as run
+
+    if (encoder is None) != from_scratch:
+        raise UserError("finetune: give either --encoder DIR or --from-scratch")
+    settings = load_recipe(recipe, overrides)
+    print(f"saved the classifier in {run(settings, sigma, out, _device(device), encoder)}")
+
+
+@app.command()
+def certify(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A saved Classifier, or FILE.py:factory for any torch module.",
+            metavar="MODEL",
+        ),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(help="A data set's name, a folder, or a parquet file.", metavar="NAME|PATH"),
+    ],
+    out: Out,
+    sigma: Annotated[
+        float | None,
+        typer.Option(help="Noise level on the [0, 1] scale; default: the Classifier's own."),
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="train, validation, test, or all of a one-split set.")
+    ] = "test",
+    n0: Annotated[int, typer.Option(help="Samples that pick the class.")] = 100,
+    n: Annotated[int, typer.Option(help="Samples that bound its probability.")] = 100_000,
+    alpha: Annotated[float, typer.Option(help="Chance that a certificate is wrong.")] = 0.001,
+    stride: Annotated[int, typer.Option(help="Take every stride-th image.")] = 1,
+    max_images: Annotated[int | None, typer.Option(help="Most images to certify.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Noisy copies in a forward pass.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option(help="Of the model's arithmetic; auto takes the faster."),
+    ] = "auto",
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels a side, for a FILE.py model.")
+    ] = None,
+    channels: Annotated[int | None, typer.Option(help="1 or 3, for a FILE.py model.")] = None,
+    device: Device = None,
+) -> None:
+    """Certify a model on images by randomized smoothing (Cohen et al. 2019)."""
+    from rrcm import certify as engine
+    from rrcm.data import load_images
+    from rrcm.encoder import Classifier
+    from rrcm.errors import UserError
+
+    module = engine.load_model(model)
+    if isinstance(module, Classifier):
+        sigma = module.sigma if sigma is None else sigma
+        image_size, channels = module.encoder.image_size, module.encoder.in_channels
+    if sigma is None or image_size is None or channels is None:
+        raise UserError("certify: a FILE.py model needs --sigma, --image-size and --channels")
+    settings = engine.Settings(n0, n, alpha, stride, max_images, batch_size, seed, precision)
+    images = load_images(data, split, image_size=image_size, channels=channels)
+    if isinstance(module, Classifier) and module.num_classes != images.num_classes:
+        raise UserError(
+            f"certify: {model} knows {module.num_classes} classes, {data} has {images.num_classes}"
+        )
+    path = engine.certify(module, images, sigma, out, settings, _device(device))
+    _print_report([path], None)
+
+
+@app.command()
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of certification runs, journals, or Cohen-format .tsv logs."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also write tables and figures here.")
+    ] = None,
+) -> None:
+    """Print the certified-accuracy table; with --out, write tables and figures."""
+    _print_report(results, out)
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="A saved Classifier.", metavar="MODEL")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE...")],
+    n0: Annotated[int, typer.Option(help="Samples that pick the class.")] = 100,
+    n: Annotated[int, typer.Option(help="Samples that bound its probability.")] = 10_000,
+    alpha: Annotated[float, typer.Option(help="Chance that a radius is wrong.")] = 0.001,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    device: Device = None,
+) -> None:
+    """Name the class of image files, with the L2 radius inside which no attack changes it."""
+    from rrcm.predict import predict_files
+
+    for line in predict_files(model, images, n0, n, alpha, seed, _device(device)):
+        print(line)
+
+
+@app.command()
+def import_reference(
+    checkpoint: Annotated[Path, typer.Argument(help="nnet.pth of the public rRCM code.")],
+    config: Annotated[Path, typer.Option(help="JSON with the network's sizes.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the Encoder.")],
+) -> None:
+    """Convert a checkpoint of the public rRCM code into an Encoder."""
+    from rrcm.pretrained import save_pretrained
+    from rrcm.reference import import_reference as run
+
+    save_pretrained(run(checkpoint, config), out)
+    print(f"saved the encoder in {out}")
+
+
+def _print_report(results: list[Path], out: Path | None) -> None:
+    from rrcm.report import write_report
+
+    console = Console()
+    for part in write_report(results, out):
+        console.print(part)
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    from rrcm.errors import UserError
+    from rrcm.pretrained import default_device
+
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: {reason}") from None
+    return device
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Runs the command line: exit code 2 and one line for a user's mistake, 130 if stopped."""
+    signal.signal(signal.SIGTERM, _stop)
+    warnings.showwarning = lambda message, *rest: print(f"warning: {message}", file=sys.stderr)
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("stopped; the same command carries on", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        from rrcm.errors import UserError
+        from rrcm.smoothing import SmoothingError
+        from rrcm.training import Interrupted
+
+        if isinstance(error, Interrupted):
+            print(f"stopped: {error}; the same command carries on", file=sys.stderr)
+            sys.exit(130)
+        if isinstance(error, UserError | SmoothingError):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        raise
+
+
+if __name__ == "__main__":
+    main()
