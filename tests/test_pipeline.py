@@ -1,0 +1,263 @@
+"""The whole method through the command line, small; and what happens when it is stopped or wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from rrcm.cli import main
+
+TINY = [
+    "encoder.width=16",
+    "encoder.depth=2",
+    "encoder.heads=2",
+    "encoder.patch_size=4",
+    "encoder.projector_hidden=16",
+    "encoder.projector_dim=8",
+    "pretrain.batch_size=32",
+    "pretrain.warmup_steps=2",
+    "pretrain.log_every=1",
+    "finetune.batch_size=256",
+    "finetune.log_every=1",
+    "finetune.warmup_epochs=0",
+]
+
+
+@pytest.fixture
+def rrcm(monkeypatch, capsys):
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rrcm", *map(str, arguments)])
+        code = 0
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            main()
+        except SystemExit as exit:
+            code = exit.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(rrcm):
+    """Runs a command that must be refused: exit code 2, one line; returns the line."""
+
+    def run(*arguments):
+        code, _, err = rrcm(*arguments)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert code == 2, err
+        assert len(lines) == 1, err
+        assert "Traceback" not in err
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny encoder and a classifier for sigma 0.25, trained for a few steps."""
+    root = tmp_path_factory.mktemp("trained")
+    for arguments in (
+        ["pretrain", "-r", "digits", *TINY, "pretrain.steps=4", "-o", root / "pretrain"],
+        [
+            *["finetune", "-r", "digits", *TINY, "finetune.epochs=2", "--sigma", "0.25"],
+            *["--encoder", root / "pretrain" / "encoder", "-o", root / "finetune"],
+        ],
+    ):
+        subprocess.run([sys.executable, "-m", "rrcm.cli", *map(str, arguments)], check=True)
+    return root
+
+
+def test_certify_report_and_predict(trained, rrcm, tmp_path):
+    model = trained / "finetune" / "classifier"
+    out = tmp_path / "certify"
+    certify = ["certify", model, "--data", "digits", "--n0", 20, "--n", 100, "--stride", 90]
+    code, printed, err = rrcm(*certify, "-o", out)
+    assert code == 0, err
+    assert "0.25" in printed
+    header, *rows = map(json.loads, (out / "journal.jsonl").read_text().splitlines())
+    assert header["settings"]["sigma"] == 0.25
+    assert [row["index"] for row in rows] == [0, 90, 180, 270]
+
+    assert rrcm(*certify, "-o", out)[0] == 0
+    again = (out / "journal.jsonl").read_text().splitlines()[1:]
+    assert list(map(json.loads, again)) == rows
+
+    code, printed, _ = rrcm("report", out, "-o", tmp_path / "report")
+    assert code == 0
+    assert {f.name for f in (tmp_path / "report").iterdir()} >= {
+        "table.md",
+        "table.csv",
+        "accuracy_radius.png",
+        "accuracy_radius.svg",
+    }
+
+    picture = tmp_path / "digit.png"
+    Image.new("L", (8, 8), 128).save(picture)
+    code, printed, _ = rrcm("predict", model, picture, "--n", 100)
+    assert code == 0
+    assert str(picture) in printed
+    assert "radius" in printed or "abstains" in printed
+
+
+def test_training_logs_and_validates(trained):
+    log = [json.loads(line) for line in open(trained / "pretrain" / "log.jsonl")]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4]
+    assert {"loss", "contrastive", "consistency", "grad_norm", "lr"} <= log[0].keys()
+    epochs = [
+        entry
+        for line in open(trained / "finetune" / "log.jsonl")
+        if "accuracy_0.5" in (entry := json.loads(line))
+    ]
+    assert [entry["epoch"] for entry in epochs] == [1.0, 2.0]
+    assert {"accuracy_0", "accuracy_0.5", "accuracy_1", "accuracy_2"} <= epochs[0].keys()
+
+
+def stop_when_logged(arguments, log, step, number):
+    """Starts the command and sends the signal once its log has the step."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rrcm.cli", *map(str, arguments)], stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (log.exists() and f'"step": {step},' in log.read_text()):
+        assert process.poll() is None, "ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    return process.wait(timeout=60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_stopped_stage_ends_bit_for_bit_as_an_uninterrupted_one(
+    trained, rrcm, tmp_path, stage, number
+):
+    if stage == "pretrain":
+        command = ["pretrain", "-r", "digits", *TINY, "pretrain.steps=60"]
+        command += ["pretrain.checkpoint_every=3"]
+        result = "encoder"
+    else:
+        encoder = trained / "pretrain" / "encoder"
+        command = ["finetune", "-r", "digits", *TINY, "finetune.epochs=12", "--sigma", 0.5]
+        command += ["--encoder", encoder, "finetune.checkpoint_every=4"]
+        result = "classifier"
+    assert rrcm(*command, "-o", tmp_path / "whole")[0] == 0
+    stopped = tmp_path / "stopped"
+    code = stop_when_logged([*command, "-o", stopped], stopped / "log.jsonl", 7, number)
+    assert code == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    assert rrcm(*command, "-o", stopped)[0] == 0
+
+    whole = load_file(tmp_path / "whole" / result / "model.safetensors")
+    resumed = load_file(stopped / result / "model.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert all(whole[name].equal(resumed[name]) for name in whole)
+
+    def steps(folder):
+        entries = [json.loads(line) for line in open(folder / "log.jsonl")]
+        return [{k: v for k, v in entry.items() if k != "seconds"} for entry in entries]
+
+    assert steps(stopped) == steps(tmp_path / "whole")
+
+
+def test_another_runs_folder_is_refused(trained, refused):
+    command = ["pretrain", "-r", "digits", *TINY, "pretrain.steps=5", "-o", trained / "pretrain"]
+    assert "pretrain.steps is 4 there and 5 here" in refused(*command)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(trained, refused, tmp_path):
+    pretrain = ["pretrain", "-r", "digits", *TINY, "pretrain.steps=9", "pretrain.lr=1e30"]
+    line = refused(*pretrain, "pretrain.warmup_steps=0", "-o", tmp_path / "pretrain")
+    assert "the pre-training loss is nan at step 1" in line
+    finetune = ["finetune", "-r", "digits", *TINY, "finetune.lr=1e30", "--sigma", 0.25]
+    line = refused(
+        *finetune, "--encoder", trained / "pretrain" / "encoder", "-o", tmp_path / "finetune"
+    )
+    assert "the fine-tuning loss is nan at step 1" in line
+
+
+def test_bad_sigma_n_and_alpha(trained, refused, tmp_path):
+    encoder, model = trained / "pretrain" / "encoder", trained / "finetune" / "classifier"
+    finetune = ["finetune", "-r", "digits", "--encoder", encoder, "-o", tmp_path / "x", "--sigma"]
+    certify = ["certify", model, "--data", "digits", "-o", tmp_path / "x"]
+    assert "sigma must be a positive number, got 0.0" in refused(*finetune, 0)
+    assert "sigma" in refused(*certify, "--sigma", -1)
+    assert "n must be" in refused(*certify, "--n", 0)
+    assert "n0 must be" in refused(*certify, "--n0", 0)
+    assert "alpha" in refused(*certify, "--alpha", 1.5)
+    assert not (tmp_path / "x").exists()
+
+
+def test_models_and_encoders_that_are_not_there(trained, refused, tmp_path):
+    certify = ["--data", "digits", "-o", tmp_path / "x"]
+    assert "no such folder" in refused("certify", tmp_path / "none", *certify)
+    encoder = trained / "pretrain" / "encoder"
+    assert "expected a Classifier" in refused("certify", encoder, *certify)
+    finetune = ["finetune", "-r", "digits", "--sigma", 0.25, "-o", tmp_path / "x"]
+    assert "no such folder" in refused(*finetune, "--encoder", tmp_path / "none")
+    assert "give either --encoder DIR or --from-scratch" in refused(*finetune)
+    other = [*finetune, "--encoder", encoder, "data.image_size=16"]
+    assert "the encoder takes 8 pixels" in refused(*other)
+    assert not (tmp_path / "x").exists()
+
+
+def test_certify_runs_anyones_module(rrcm, refused, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import torch\n"
+        "def model():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+        "def nothing():\n"
+        "    return 3\n"
+    )
+    options = ["--data", "digits", "--n", 50, "--max-images", 2, "-o", tmp_path / "out"]
+    sizes = ["--sigma", 0.5, "--image-size", 8, "--channels", 1]
+    assert rrcm("certify", f"{file}:model", *options, *sizes)[0] == 0
+    assert len((tmp_path / "out" / "journal.jsonl").read_text().splitlines()) == 3
+    assert "needs --sigma" in refused("certify", f"{file}:model", *options)
+    assert "name the function" in refused("certify", file, *options, *sizes)
+    assert "no function 'other'" in refused("certify", f"{file}:other", *options, *sizes)
+    assert "returned int" in refused("certify", f"{file}:nothing", *options, *sizes)
+    assert "no such file" in refused("certify", tmp_path / "no.py:model", *options, *sizes)
+
+
+def test_pictures_of_the_wrong_size_or_kind(trained, refused, rrcm, tmp_path):
+    model = trained / "finetune" / "classifier"
+    Image.new("L", (9, 8)).save(tmp_path / "wide.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "colour.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    assert "wide.png is 9x8" in refused("predict", model, tmp_path / "wide.png")
+    assert "colour.png" in refused("predict", model, tmp_path / "colour.png")
+    assert "text.png" in refused("predict", model, tmp_path / "text.png")
+    assert "none.png" in refused("predict", model, tmp_path / "none.png")
+    code, printed, _ = rrcm("predict", model, tmp_path / "wide.png", "--n", 50, "--convert")
+    assert code == 0
+    assert "wide.png" in printed
+
+
+def test_an_unwritable_folder(trained, refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "run"
+    assert "Not a directory" in refused("pretrain", "-r", "digits", *TINY, "-o", out)
+    certify = ["certify", trained / "finetune" / "classifier", "--data", "digits", "-o", out]
+    assert str(out) in refused(*certify)
+
+
+def test_import_reference(shared, rrcm, refused, tmp_path):
+    folder = shared / "golden" / "reference-tiny"
+    command = ["import-reference", folder / "nnet.pth", "--config", folder / "config.json"]
+    assert rrcm(*command, "-o", tmp_path / "encoder")[0] == 0
+    assert (tmp_path / "encoder" / "model.safetensors").exists()
+    missing = ["import-reference", tmp_path / "none.pth", "--config", folder / "config.json"]
+    assert "none.pth" in refused(*missing, "-o", tmp_path / "other")
