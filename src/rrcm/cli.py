@@ -126,6 +126,8 @@ def certify(
         int | None, typer.Option(help="Pixels a side, for a FILE.py model.")
     ] = None,
     channels: Annotated[int | None, typer.Option(help="1 or 3, for a FILE.py model.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Where a table has several.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Where a table has several.")] = None,
     device: Device = None,
 ) -> None:
     """Certify a model on images by randomized smoothing (Cohen et al. 2019)."""
@@ -141,7 +143,15 @@ def certify(
     if sigma is None or image_size is None or channels is None:
         raise UserError("certify: a FILE.py model needs --sigma, --image-size and --channels")
     settings = engine.Settings(n0, n, alpha, stride, max_images, batch_size, seed, precision)
-    images = load_images(data, split, image_size=image_size, channels=channels)
+    images = load_images(
+        data,
+        split,
+        image_size=image_size,
+        channels=channels,
+        image_column=image_column,
+        label_column=label_column,
+    )
+    print(f"{data}: {len(images)} images; {images.note}")
     if isinstance(module, Classifier) and module.num_classes != images.num_classes:
         raise UserError(
             f"certify: {model} knows {module.num_classes} classes, {data} has {images.num_classes}"
@@ -172,12 +182,15 @@ def predict(
     n: Annotated[int, typer.Option(help="Samples that bound its probability.")] = 10_000,
     alpha: Annotated[float, typer.Option(help="Chance that a radius is wrong.")] = 0.001,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    convert: Annotated[
+        bool, typer.Option("--convert", help="Resize, crop and recolour images that do not fit.")
+    ] = False,
     device: Device = None,
 ) -> None:
     """Name the class of image files, with the L2 radius inside which no attack changes it."""
     from rrcm.predict import predict_files
 
-    for line in predict_files(model, images, n0, n, alpha, seed, _device(device)):
+    for line in predict_files(model, images, n0, n, alpha, seed, convert, _device(device)):
         print(line)
 
 
@@ -198,9 +211,10 @@ def import_reference(
 def _print_report(results: list[Path], out: Path | None) -> None:
     from rrcm.report import write_report
 
-    console = Console()
-    for part in write_report(results, out):
-        console.print(part)
+    made = write_report(results, out)
+    Console().print(made.table)
+    for file in made.files:
+        print(f"wrote {file}")
 
 
 def _device(name: str | None) -> Any:

@@ -13,12 +13,13 @@ from rrcm.config import FinetuneConfig, Recipe
 from rrcm.encoder import Classifier, Encoder
 from rrcm.errors import UserError
 from rrcm.objectives import consistency_regulariser
-from rrcm.pretrain import BOOKKEEPING, build_encoder
+from rrcm.pretrain import BOOKKEEPING, build_encoder, load_split
 from rrcm.pretrained import load_pretrained, save_pretrained
 from rrcm.progress import progress_bar
 from rrcm.smoothing import model_fingerprint
 from rrcm.training import (
     Interrupted,
+    Part,
     RunFolder,
     autocast,
     layer_groups,
@@ -60,17 +61,7 @@ def finetune(
     if not (sigma > 0 and math.isfinite(sigma)):
         raise UserError(f"sigma must be a positive number, got {sigma}")
     settings = recipe.finetune_for(sigma)
-    train, validation = (
-        data.load_images(
-            recipe.data.source,
-            split,
-            image_size=recipe.data.image_size,
-            channels=recipe.data.channels,
-            image_column=recipe.data.image_column,
-            label_column=recipe.data.label_column,
-        )
-        for split in ("train", "validation")
-    )
+    train, validation = load_split(recipe, "train"), load_split(recipe, "validation")
     augment = data.finetune_view(settings.view, recipe.data.image_size)
 
     # The model, and an optimiser for each stage.
@@ -104,7 +95,11 @@ def finetune(
         "finetune": settings.model_dump(exclude=BOOKKEEPING),
     }
     with RunFolder(out, "finetune", described) as run:
-        parts = {"classifier": classifier, "optimizer": optimizer, "head_optimizer": head_optimizer}
+        parts: dict[str, Part] = {
+            "classifier": classifier,
+            "optimizer": optimizer,
+            "head_optimizer": head_optimizer,
+        }
         facts = run.restore(parts)
         first, best = facts.get("step", 0), facts.get("best", -1.0)
         precision = facts.get("precision") or resolve_precision(settings.precision, device)

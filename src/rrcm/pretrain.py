@@ -16,6 +16,7 @@ from rrcm.pretrained import save_pretrained
 from rrcm.progress import progress_bar
 from rrcm.training import (
     Interrupted,
+    Part,
     RunFolder,
     autocast,
     lr_scale,
@@ -50,14 +51,7 @@ def pretrain(recipe: Recipe, out: Path, device: torch.device) -> Path:
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     settings = recipe.pretrain
-    images = data.load_images(
-        recipe.data.source,
-        "train",
-        image_size=recipe.data.image_size,
-        channels=recipe.data.channels,
-        image_column=recipe.data.image_column,
-        label_column=recipe.data.label_column,
-    )
+    images = load_split(recipe, "train")
     make_views = data.pretrain_views(settings.views, recipe.data.image_size)
 
     # Models: the online network learns, the target and the evaluation copy follow it.
@@ -78,7 +72,12 @@ def pretrain(recipe: Recipe, out: Path, device: torch.device) -> Path:
         "pretrain": settings.model_dump(exclude=BOOKKEEPING),
     }
     with RunFolder(out, "pretrain", described) as run:
-        parts = {"online": online, "target": target, "average": average, "optimizer": optimizer}
+        parts: dict[str, Part] = {
+            "online": online,
+            "target": target,
+            "average": average,
+            "optimizer": optimizer,
+        }
         facts = run.restore(parts)
         first = facts.get("step", 0)
         precision = facts.get("precision") or resolve_precision(settings.precision, device)
@@ -160,6 +159,18 @@ def pretrain(recipe: Recipe, out: Path, device: torch.device) -> Path:
             buffer.copy_(learned)
         save_pretrained(average, result)
         return result
+
+
+def load_split(recipe: Recipe, split: str) -> data.ImageSet:
+    """One split of the recipe's data."""
+    return data.load_images(
+        recipe.data.source,
+        split,
+        image_size=recipe.data.image_size,
+        channels=recipe.data.channels,
+        image_column=recipe.data.image_column,
+        label_column=recipe.data.label_column,
+    )
 
 
 def build_encoder(recipe: Recipe) -> Encoder:

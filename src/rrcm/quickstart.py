@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import torch
+import numpy as np
 from rich.console import Console
 
 from rrcm import data, report
@@ -10,9 +10,9 @@ from rrcm.certify import Settings, certify
 from rrcm.config import load_recipe
 from rrcm.encoder import Classifier
 from rrcm.finetune import finetune
-from rrcm.pretrain import pretrain
+from rrcm.pretrain import load_split, pretrain
 from rrcm.pretrained import default_device, load_pretrained
-from rrcm.smoothing import SmoothedClassifier, read_journal
+from rrcm.smoothing import read_journal
 
 SIGMAS = (0.25, 0.5, 1.0)
 SETTINGS = Settings(n0=100, n=1000, alpha=0.001)
@@ -35,12 +35,7 @@ def quickstart(out: Path, seed: int, from_scratch: bool, console: Console) -> No
     recipe = load_recipe("digits", [f"seed={seed}"])
     device = default_device()
     encoder = None if from_scratch else str(pretrain(recipe, out / "pretrain", device))
-    images = data.load_images(
-        recipe.data.source,
-        "test",
-        image_size=recipe.data.image_size,
-        channels=recipe.data.channels,
-    )
+    images = load_split(recipe, "test")
     classifiers = {}
     for sigma in SIGMAS:
         folder = finetune(recipe, sigma, out / f"finetune-{sigma:g}", device, encoder)
@@ -57,29 +52,34 @@ def quickstart(out: Path, seed: int, from_scratch: bool, console: Console) -> No
         )
         for sigma, classifier in classifiers.items()
     }
-    for part in report.write_report(list(journals.values()), out):
-        console.print(part)
-    _picture_row(images, journals, out)
+    made = report.write_report(journals.values(), out)
+    pictures = _picture_row(images, journals, out)
+    console.print(made.table)
 
-    best = out / f"finetune-{SIGMAS[0]:g}" / "classifier"
+    model = out / f"finetune-{SIGMAS[0]:g}" / "classifier"
+    written = ", ".join(file.name for file in [*made.files, *pictures])
     console.print(
-        f"\nWritten to [bold]{out}[/bold]: table.md, table.csv, accuracy_radius.png and .svg, "
-        "pictures.png,\na folder for each stage with its checkpoints, log and journal.\n"
-        "\nNext:\n"
-        f"  rrcm predict {best} IMAGE.png        a class and its certified radius\n"
-        f"  rrcm certify {best} --data digits --n 10000 --out runs/more\n"
-        "  rrcm pretrain --recipe digits pretrain.steps=3000 --out runs/longer",
+        f"\nIn [bold]{out}[/bold]: {written}, and a folder for each stage with its model, log, "
+        "checkpoints or journal.\n\nNext:\n"
+        f"  rrcm certify {model} --data digits --n 10000 --out runs/more-samples\n"
+        f"  rrcm predict {model} IMAGE.png --convert\n"
+        "  rrcm quickstart --from-scratch --out runs/scratch    what pre-training gives",
         highlight=False,
+        soft_wrap=True,
     )
 
 
-def _picture_row(images: data.ImageSet, journals: dict[float, Path], out: Path) -> None:
+def _picture_row(images: data.ImageSet, journals: dict[float, Path], out: Path) -> list[Path]:
     """A few test images, clean and under each noise, with what the smoothed classifier says."""
     chosen = range(0, len(images), len(images) // PICTURES)[:PICTURES]
-    clean = data.to_unit(torch.stack([images.image(i) for i in chosen]))
-    generator = torch.Generator().manual_seed(0)
+    clean = [data.to_unit(images.image(i)).numpy() for i in chosen]
+    generator = np.random.default_rng(0)
     noisy, verdicts = {}, {}
     for sigma, path in journals.items():
         rows = {row["index"]: row for row in read_journal(path)[1]}
-        noisy[sigma] = clean + sigma * torch.randn(clean.shape, generator=generator)
-        verdicts[sigma] = [rows[i] for i in chosen]
+        noisy[sigma] = [x + sigma * generator.standard_normal(x.shape) for x in clean]
+        verdicts[sigma] = [(rows[i]["prediction"], rows[i]["radius"]) for i in chosen]
+    labels = [int(images.labels[i]) for i in chosen]
+    return report.noise_row_figure(
+        clean, noisy, verdicts, labels, images.class_names, out / "pictures"
+    )
