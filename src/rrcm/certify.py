@@ -103,7 +103,7 @@ def certify(
                 seed=settings.seed,
             ):
                 done, right = done + 1, right + row["correct"]
-                advance(done, f"certified accuracy at 0: {right / done:.1%}")
+                advance(done, f"{right / done:.1%} right")
     return path
 
 

@@ -105,7 +105,7 @@ def finetune(
         precision = facts.get("precision") or resolve_precision(settings.precision, device)
 
         started = time.perf_counter()
-        label = f"fine-tune, sigma {sigma:g}"
+        label = f"fine-tune {sigma:g}"
         with (
             stop_requests() as stop,
             progress_bar(label, total_steps, "step", done=first) as advance,

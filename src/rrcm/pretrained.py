@@ -1,5 +1,7 @@
 """Saves and loads Encoders and Classifiers: a folder with config.json and model.safetensors."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -50,7 +52,8 @@ def load_pretrained(kind: type[Model], place: str) -> Model:
     elif folder.exists() or place.count("/") != 1 or place.startswith((".", "/")):
         raise UserError(f"{place}: no such folder; expected one with a saved {name}")
     try:
-        model = kind.from_pretrained(place, strict=True)
+        with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints where it reads from
+            model = kind.from_pretrained(place, strict=True)
     except (RuntimeError, TypeError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{place}: is not a saved {name}, or is corrupt: {reason}") from None

@@ -29,7 +29,8 @@ class _Rate(ProgressColumn):
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.1f} {self.unit}/s" if task.speed else f"- {self.unit}/s")
+        rate = f"{task.speed:,.1f}" if task.speed else "-"
+        return Text(f"{rate} {self.unit}/s", no_wrap=True)
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def progress_bar(
     """A bar on stderr from `done` to `total`; yields the function that moves it."""
     with Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         _Rate(unit),
         TimeRemainingColumn(compact=True),

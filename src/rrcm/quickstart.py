@@ -48,7 +48,7 @@ def quickstart(out: Path, seed: int, from_scratch: bool, console: Console) -> No
             out / f"certify-{sigma:g}",
             SETTINGS,
             device,
-            label=f"certify, sigma {sigma:g}",
+            label=f"certify {sigma:g}",
         )
         for sigma, classifier in classifiers.items()
     }
