@@ -1,5 +1,6 @@
-"""The whole method through the command line, small; and what happens when it is stopped or wrong."""
+"""The whole method through the command line, small; stopped and resumed; and refused."""
 
+import io
 import json
 import os
 import signal
@@ -9,9 +10,13 @@ import time
 
 import pytest
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 
+from rrcm.certify import Settings
 from rrcm.cli import main
+from rrcm.quickstart import quickstart
+from rrcm.report import average_certified_radius, read_results
 
 TINY = [
     "encoder.width=16",
@@ -79,6 +84,10 @@ def trained(tmp_path_factory):
     return root
 
 
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def test_certify_report_and_predict(trained, rrcm, tmp_path):
     model = trained / "finetune" / "classifier"
     out = tmp_path / "certify"
@@ -112,14 +121,10 @@ def test_certify_report_and_predict(trained, rrcm, tmp_path):
 
 
 def test_training_logs_and_validates(trained):
-    log = [json.loads(line) for line in open(trained / "pretrain" / "log.jsonl")]
+    log = read_log(trained / "pretrain")
     assert [entry["step"] for entry in log] == [1, 2, 3, 4]
     assert {"loss", "contrastive", "consistency", "grad_norm", "lr"} <= log[0].keys()
-    epochs = [
-        entry
-        for line in open(trained / "finetune" / "log.jsonl")
-        if "accuracy_0.5" in (entry := json.loads(line))
-    ]
+    epochs = [entry for entry in read_log(trained / "finetune") if "accuracy_0.5" in entry]
     assert [entry["epoch"] for entry in epochs] == [1.0, 2.0]
     assert {"accuracy_0", "accuracy_0.5", "accuracy_1", "accuracy_2"} <= epochs[0].keys()
 
@@ -164,10 +169,61 @@ def test_a_stopped_stage_ends_bit_for_bit_as_an_uninterrupted_one(
     assert all(whole[name].equal(resumed[name]) for name in whole)
 
     def steps(folder):
-        entries = [json.loads(line) for line in open(folder / "log.jsonl")]
-        return [{k: v for k, v in entry.items() if k != "seconds"} for entry in entries]
+        return [{k: v for k, v in entry.items() if k != "seconds"} for entry in read_log(folder)]
 
     assert steps(stopped) == steps(tmp_path / "whole")
+
+
+def test_quickstart_small_and_again(tmp_path):
+    small = Settings(n0=20, n=100, stride=40)
+    overrides = [*TINY, "pretrain.steps=4", "finetune.epochs=1"]
+    for _ in range(2):  # the second time everything is there already
+        screen = Console(record=True, width=100, file=io.StringIO())
+        quickstart(tmp_path / "quickstart", screen, overrides, settings=small)
+        text = screen.export_text()
+        assert "Certified accuracy" in text
+        assert "rrcm certify" in text
+    files = {f.name for f in (tmp_path / "quickstart").iterdir()}
+    assert files >= {
+        *("pretrain", "finetune-0.25", "finetune-0.5", "finetune-1", "certify"),
+        *("table.md", "table.csv", "accuracy_radius.png", "accuracy_radius.svg"),
+        *("pictures.png", "pictures.svg"),
+    }
+    (results,) = [r for r in read_results(tmp_path / "quickstart") if r.sigma == 0.5]
+    assert results.name == "pre-trained"
+    assert results.index.tolist() == list(range(0, 360, 40))
+
+
+@pytest.mark.slow
+def test_pretraining_earns_its_place(tmp_path):
+    """Quickstart's classifiers against the same encoder fine-tuned from random weights."""
+    for name, from_scratch in (("with", False), ("without", True)):
+        quickstart(tmp_path / name, Console(stderr=True), from_scratch=from_scratch)
+    with_it, without = read_results(tmp_path / "with"), read_results(tmp_path / "without")
+    assert [r.sigma for r in with_it] == [r.sigma for r in without] == [0.25, 0.5, 1.0]
+    for better, worse in zip(with_it, without, strict=True):
+        assert average_certified_radius(better) > 1.05 * average_certified_radius(worse)
+
+
+@pytest.mark.parametrize(
+    ("source", "settings"),
+    [
+        ("cifar10-jpeg/test.parquet", ["data.image_size=32", "data.channels=3"]),
+        ("fashion-mnist/test.parquet", ["data.image_size=28", "data.channels=1"]),
+        (
+            "imagenet-sample",
+            ["data.image_size=224", "data.channels=3", "encoder.patch_size=16"],
+        ),
+    ],
+)
+def test_a_few_steps_on_real_sets(shared, rrcm, tmp_path, source, settings):
+    data = shared / "data" / source
+    command = ["-r", "digits", *TINY, f"data.source={data}", *settings]
+    out = tmp_path / "pretrain"
+    views = ["pretrain.views=natural", "pretrain.steps=2", "pretrain.batch_size=16"]
+    code, _, err = rrcm("pretrain", *command, *views, "-o", out)
+    assert code == 0, err
+    assert (out / "encoder" / "model.safetensors").exists()
 
 
 def test_another_runs_folder_is_refused(trained, refused):

@@ -38,8 +38,8 @@ Device = Annotated[
 
 @app.command()
 def quickstart(
+    overrides: Overrides = None,
     out: Out = Path("runs/quickstart"),
-    seed: Annotated[int, typer.Option(help="Seed of the whole run.")] = 0,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Skip pre-training, to see what it gives.")
     ] = False,
@@ -47,7 +47,7 @@ def quickstart(
     """Pre-train, fine-tune, certify and report on bundled digits: minutes on two CPU cores."""
     from rrcm.quickstart import quickstart as run
 
-    run(out, seed, from_scratch, Console())
+    run(out, Console(), overrides or [], from_scratch)
 
 
 @app.command()
@@ -157,7 +157,7 @@ def certify(
             f"certify: {model} knows {module.num_classes} classes, {data} has {images.num_classes}"
         )
     path = engine.certify(module, images, sigma, out, settings, _device(device))
-    _print_report([path], None)
+    _print_report([path])
 
 
 @app.command()
@@ -169,9 +169,18 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Also write tables and figures here.")
     ] = None,
+    radii: Annotated[
+        str | None, typer.Option(help="Radii of the table, e.g. 0,0.25,0.5; default: a grid.")
+    ] = None,
 ) -> None:
     """Print the certified-accuracy table; with --out, write tables and figures."""
-    _print_report(results, out)
+    from rrcm.errors import UserError
+
+    try:
+        chosen = [float(r) for r in radii.split(",")] if radii else None
+    except ValueError:
+        raise UserError(f"--radii {radii}: write numbers with commas, e.g. 0,0.25,0.5") from None
+    _print_report(results, out, chosen)
 
 
 @app.command()
@@ -208,10 +217,12 @@ def import_reference(
     print(f"saved the encoder in {out}")
 
 
-def _print_report(results: list[Path], out: Path | None) -> None:
+def _print_report(
+    results: list[Path], out: Path | None = None, radii: list[float] | None = None
+) -> None:
     from rrcm.report import write_report
 
-    made = write_report(results, out)
+    made = write_report(results, out, radii)
     Console().print(made.table)
     for file in made.files:
         print(f"wrote {file}")
