@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch
+
 SHARED = Path(os.environ.get("RRCM_SHARED", Path(__file__).parents[2] / "shared"))
 
 

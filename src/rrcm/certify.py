@@ -15,10 +15,12 @@ from rrcm.progress import progress_bar
 from rrcm.smoothing import (
     Journal,
     SmoothedClassifier,
+    StopRule,
     certify_images,
     journal_settings,
     select_indices,
 )
+from rrcm.smoothing.sampler import NoiseName
 from rrcm.training import resolve_precision
 
 
@@ -36,11 +38,17 @@ class Settings:
     """Take every stride-th image of the split."""
     max_images: int | None = None
     """Most images to certify; None for all."""
-    batch_size: int = 1000
-    """Noisy copies in one forward pass; does not change the noise."""
+    batch_size: int | None = None
+    """Noisy copies in one forward pass; does not change the noise. None finds one."""
     seed: int = 0
     precision: str = "auto"
-    """"float32", "bfloat16", or "auto" for the faster; recorded in the journal."""
+    """ "float32", "bfloat16", or "auto" for the faster; recorded in the journal."""
+    noise: NoiseName = "gaussian"
+    """Or "exact", for a guarantee that holds in floating point too."""
+    stop: StopRule | None = None
+    """When to stop drawing before n; None draws n."""
+    compile: bool = False
+    """Run the model through torch.compile."""
 
 
 def certify(
@@ -72,7 +80,15 @@ def certify(
     if isinstance(model, Classifier):
         model = at_sigma(model, sigma)
     dtype = getattr(torch, resolve_precision(settings.precision, device))
-    smoothed = SmoothedClassifier(model, sigma, images.num_classes, device=device, dtype=dtype)
+    smoothed = SmoothedClassifier(
+        model,
+        sigma,
+        images.num_classes,
+        device=device,
+        dtype=dtype,
+        noise=settings.noise,
+        compile=settings.compile,
+    )
     indices = select_indices(len(images), settings.stride, max_images=settings.max_images)
     described = journal_settings(
         smoothed,
@@ -81,6 +97,7 @@ def certify(
         n=settings.n,
         alpha=settings.alpha,
         seed=settings.seed,
+        stop=settings.stop,
     )
     path = out / "journal.jsonl"
 
@@ -101,6 +118,7 @@ def certify(
                 alpha=settings.alpha,
                 batch_size=settings.batch_size,
                 seed=settings.seed,
+                stop=settings.stop,
             ):
                 done, right = done + 1, right + row["correct"]
                 advance(done, f"{right / done:.1%} right")

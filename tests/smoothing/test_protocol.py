@@ -49,7 +49,7 @@ def image(index: int) -> tuple[Tensor, int]:
 
 
 def classifier() -> SmoothedClassifier:
-    return SmoothedClassifier(ThreeClasses(), sigma=0.5, num_classes=3)
+    return SmoothedClassifier(ThreeClasses().eval(), sigma=0.5, num_classes=3)
 
 
 def settings() -> dict[str, object]:
@@ -198,10 +198,10 @@ def test_another_run_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
     model = ThreeClasses()
     with torch.no_grad():
         model.centres[0] += 1e-9
-    changed = SmoothedClassifier(model, 0.5, 3)
+    changed = SmoothedClassifier(model.eval(), 0.5, 3)
     with pytest.raises(SmoothingError, match="other settings: model is"):
         Journal(path, journal_settings(changed, data="grey", **RUN))
-    changed = SmoothedClassifier(ThreeClasses(), 0.25, 3, dtype=torch.bfloat16)
+    changed = SmoothedClassifier(ThreeClasses().eval(), 0.25, 3, dtype=torch.bfloat16)
     with pytest.raises(SmoothingError, match=r'dtype is "float32" .* sigma is 0.5 there and 0.25'):
         Journal(path, journal_settings(changed, data="grey", **RUN))
 
@@ -216,7 +216,7 @@ def test_a_call_that_contradicts_the_header_is_refused_at_once(
             certify_images(classifier(), image, INDICES, journal, **(RUN | {name: value}))
         with pytest.raises(SmoothingError, match=r"sigma=0.5, but the call says sigma=1.0"):
             certify_images(
-                SmoothedClassifier(ThreeClasses(), 1.0, 3), image, INDICES, journal, **RUN
+                SmoothedClassifier(ThreeClasses().eval(), 1.0, 3), image, INDICES, journal, **RUN
             )
 
 

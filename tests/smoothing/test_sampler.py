@@ -6,11 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from counting import class_counts, noise_batches
 from scipy import stats
 from torch import Tensor, nn
 
 from rrcm.smoothing.errors import SmoothingError
-from rrcm.smoothing.sampler import BLOCK_SIZE, Stream, class_counts, noise_batches, noise_block
+from rrcm.smoothing.sampler import BLOCK_SIZE, Stream, noise_block
 
 CPU = torch.device("cpu")
 SHAPE = (3, 4, 5)
@@ -44,19 +45,14 @@ def count(
         stream=stream,
         index=index,
     )
-    assert counts.dtype == torch.int64
-    assert counts.device == CPU
-    assert int(counts.sum()) == num_samples
-    return counts.tolist()
+    assert sum(counts) == num_samples
+    return counts
 
 
 def draw(num_samples: int, batch_size: int, seed: int = 0, index: int = 0) -> Tensor:
-    parts = list(
-        noise_batches(
-            SHAPE, num_samples, batch_size, seed=seed, stream="estimation", index=index, device=CPU
-        )
+    parts = noise_batches(
+        SHAPE, num_samples, batch_size, CPU, seed=seed, stream="estimation", index=index
     )
-    assert all(len(part) == batch_size for part in parts[:-1])
     return torch.cat(parts)
 
 
@@ -161,7 +157,7 @@ class Answer(nn.Module):
         return self.make(images)
 
 
-def counts_of(model: nn.Module, **changes) -> Tensor:
+def counts_of(model: nn.Module, **changes) -> list[int]:
     settings = {"num_classes": 3, "batch_size": 64, "seed": 0, "stream": "estimation", "index": 4}
     return class_counts(model, torch.zeros(SHAPE), 0.5, 100, **(settings | changes))
 
@@ -227,9 +223,9 @@ def test_noise_on_a_gpu_does_not_depend_on_the_batch_size() -> None:
     def draw_there(batch_size: int) -> Tensor:
         device = torch.device("cuda")
         batches = noise_batches(
-            SHAPE, 300, batch_size, seed=0, stream="estimation", index=0, device=device
+            SHAPE, 300, batch_size, device, seed=0, stream="estimation", index=0
         )
-        return torch.cat(list(batches))
+        return torch.cat(batches)
 
     assert draw_there(7).is_cuda
     assert torch.equal(draw_there(7), draw_there(256))

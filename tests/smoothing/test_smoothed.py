@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from counting import class_counts
 from scipy import stats
 from torch import Tensor, nn
 
@@ -14,7 +15,6 @@ from rrcm.smoothing.bounds import (
     max_radius,
     top_two_p_value,
 )
-from rrcm.smoothing.sampler import class_counts
 
 
 class Halfspace(nn.Module):
@@ -47,9 +47,11 @@ def halfspace(shape: tuple[int, int, int], seed: int, distance: float) -> tuple[
 ZEROS = torch.zeros(1, 2, 2)
 
 
-def simple(**changes) -> SmoothedClassifier:
-    settings = {"model": Halfspace(torch.ones(1, 2, 2), 0.5), "sigma": 0.25, "num_classes": 2}
-    return SmoothedClassifier(**(settings | changes))
+def simple(model: object = None, **changes) -> SmoothedClassifier:
+    model = Halfspace(torch.ones(1, 2, 2), 0.5) if model is None else model
+    if isinstance(model, nn.Module):
+        model.eval()
+    return SmoothedClassifier(model, **({"sigma": 0.25, "num_classes": 2} | changes))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 4), (3, 8, 8)])
@@ -59,7 +61,7 @@ def test_radius_of_a_halfspace(shape, sigma: float, in_sigmas: float) -> None:
     """Never above the exact distance beyond the share of alpha, and close below it."""
     model, x = halfspace(shape, seed=3, distance=in_sigmas * sigma)
     exact = abs(model.distance(x))
-    smoothed = SmoothedClassifier(model, sigma, 2)
+    smoothed = SmoothedClassifier(model.eval(), sigma, 2)
     certificates = [smoothed.certify(x, 400, 2000, batch_size=512, seed=seed) for seed in range(10)]
     above = sum(certificate.radius > exact for certificate in certificates)
     assert above <= 1  # 2 of 10 at alpha = 0.001 would happen in under 1 of 20,000 tests
@@ -74,7 +76,7 @@ def test_radius_of_a_halfspace(shape, sigma: float, in_sigmas: float) -> None:
 
 def test_radius_approaches_the_exact_one_from_below() -> None:
     model, x = halfspace((1, 2, 2), seed=5, distance=0.5)
-    smoothed = SmoothedClassifier(model, 0.5, 2)
+    smoothed = SmoothedClassifier(model.eval(), 0.5, 2)
     radii = [smoothed.certify(x, 100, n, batch_size=2048).radius for n in (100, 1000, 100_000)]
     assert radii == sorted(radii)
     assert 0.485 < radii[-1] < model.distance(x)
@@ -113,7 +115,7 @@ def test_selection_and_estimation_use_other_noise() -> None:
             return torch.zeros(len(images), 2)
 
     simple(model=Spy()).certify(ZEROS, 64, 64, batch_size=64)
-    selection, estimation = seen
+    *_, selection, estimation = seen  # the model is probed before
     assert not torch.isclose(selection, estimation).any()
 
 
@@ -172,9 +174,9 @@ def test_predict_abstains_just_where_the_p_value_exceeds_alpha() -> None:
         stream="prediction",
         index=0,
     )
-    p_value = top_two_p_value(*counts.tolist())
+    p_value = top_two_p_value(*counts)
     assert 1e-6 < p_value < 0.5
-    assert smoothed.predict(ZEROS, 200, alpha=p_value * 1.001) == int(counts.argmax())
+    assert smoothed.predict(ZEROS, 200, alpha=p_value * 1.001) == counts.index(max(counts))
     assert smoothed.predict(ZEROS, 200, alpha=p_value * 0.999) == ABSTAIN
 
 
@@ -196,13 +198,37 @@ def test_predict_clean_adds_no_noise() -> None:
     assert all(smoothed.predict_clean(ZEROS) == 1 for _ in range(20))
 
 
-def test_the_model_is_put_in_eval_mode() -> None:
+def test_a_model_in_train_mode_is_refused() -> None:
     model = nn.Sequential(nn.Dropout(0.9), Halfspace(torch.ones(1, 2, 2), 100.0))
-    smoothed = simple(model=model.train())
-    assert not model.training
-    model.train()  # someone trains on, then certifies again
-    assert smoothed.certify(ZEROS, 10, 100).count == 100
-    assert not model.training
+    with pytest.raises(SmoothingError, match=r"in train mode.* call model\.eval\(\) first"):
+        SmoothedClassifier(model.train(), 0.25, 2)
+    smoothed = simple(model=model)
+    model[0].train()  # someone trains on, then certifies again
+    with pytest.raises(SmoothingError, match="in train mode"):
+        smoothed.certify(ZEROS, 10, 100)
+
+
+def test_a_model_that_answers_at_random_is_refused() -> None:
+    class Dice(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.rand(len(images), 2)
+
+    with pytest.raises(SmoothingError, match="answered differently to two calls"):
+        simple(model=Dice().eval()).certify(ZEROS, 10, 100)
+
+
+def test_a_model_that_changes_its_state_is_refused() -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.calls += 1
+            return torch.zeros(len(images), 2)
+
+    with pytest.raises(SmoothingError, match="changed its parameters or buffers"):
+        simple(model=Counter().eval()).certify(ZEROS, 10, 100)
 
 
 def test_no_gradient_is_kept_and_the_image_is_left_alone() -> None:

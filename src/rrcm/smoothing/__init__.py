@@ -16,6 +16,7 @@ change its answer (Cohen et al., 2019). The base classifier takes float images [
 `certify_images` runs over a data set and writes a `Journal` that a killed run goes on with.
 """
 
+from rrcm.smoothing.anytime import StopRule
 from rrcm.smoothing.bounds import (
     certified_radius,
     clopper_pearson_interval,
@@ -47,6 +48,7 @@ __all__ = [
     "Journal",
     "SmoothedClassifier",
     "SmoothingError",
+    "StopRule",
     "certificate_from_counts",
     "certified_radius",
     "certify_images",

@@ -5,6 +5,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rrcm.smoothing.anytime import StopRule
 from rrcm.smoothing.bounds import format_radius
 from rrcm.smoothing.checks import check_alpha, check_count
 from rrcm.smoothing.errors import SmoothingError
@@ -83,6 +85,7 @@ def journal_settings(
     n: int,
     alpha: float,
     seed: int,
+    stop: StopRule | None = None,
     model: str | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -96,9 +99,10 @@ def journal_settings(
         smoothed: The classifier to certify.
         data: Name of the data set and its split.
         n0: Number of selection draws.
-        n: Number of estimation draws.
+        n: Number of estimation draws; not used with `stop`.
         alpha: Probability of error of one certificate.
         seed: Seed of the run.
+        stop: When to stop drawing; None draws n.
         model: Name of the model; None: its `model_fingerprint`.
         versions: Versions of the software; None: those of rrcm, torch, numpy and scipy here.
 
@@ -116,13 +120,14 @@ def journal_settings(
         "num_classes": smoothed.num_classes,
         "sigma": smoothed.sigma,
         "n0": check_count("n0", n0, 1),
-        "n": check_count("n", n, 1),
+        "n": stop.n_max if stop else check_count("n", n, 1),
         "alpha": check_alpha(alpha),
         "seed": check_count("seed", seed, 0),
         "dtype": str(smoothed.dtype).removeprefix("torch."),
         "device": smoothed.device.type,
-        "noise": "gaussian",
-        "bound": "clopper-pearson",
+        "noise": smoothed.noise.name,
+        "bound": "anytime" if stop else "clopper-pearson",
+        "stop": _json_of(stop),
         "versions": dict(versions),
     }
 
@@ -136,10 +141,11 @@ def certify_images(
     n0: int = 100,
     n: int = 100_000,
     alpha: float = 0.001,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     seed: int = 0,
+    stop: StopRule | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Certifies images one by one, each row on the disk before it is yielded.
+    """Certifies images, each row on the disk before it is yielded.
 
     Images that the journal has are skipped, so the same call goes on where a killed run stopped,
     and the rows are those of an uninterrupted run but for "seconds".
@@ -150,30 +156,35 @@ def certify_images(
         indices: Which images, in which order.
         journal: Where the rows go, opened with the `journal_settings` of this run.
         n0: Number of selection draws.
-        n: Number of estimation draws.
+        n: Number of estimation draws; not used with `stop`.
         alpha: Probability of error of one certificate: of 1,000 rows, about 1 may be wrong at
             alpha = 0.001.
-        batch_size: Noisy copies in one forward pass.
+        batch_size: Noisy copies in one forward pass, of several images if need be; None finds it.
         seed: Seed of the run.
+        stop: When to stop drawing; None draws n.
 
     Yields:
         A row: index, label, prediction (-1 = abstained), radius (0 if abstained), correct (1 if
-        prediction == label, else 0), top, count, p_lower, clean_prediction (of the base
-        classifier, without noise), seconds.
+        prediction == label, else 0), top, count, n (estimation draws), p_lower, clean_prediction
+        (of the base classifier, without noise), seconds (since the row before).
 
     Raises:
         SmoothingError: An argument is out of its range or not what the journal's header says, an
             image or a label is unusable (the message names the image), or the disk is full.
     """
-    check_count("batch_size", batch_size, 1)
-    here = {"sigma": smoothed.sigma, "n0": n0, "n": n, "alpha": alpha, "seed": seed}
-    for name, value in here.items():
-        if journal.settings.get(name, value) != value:
+    if batch_size is not None:
+        check_count("batch_size", batch_size, 1)
+    here = journal_settings(
+        smoothed, data="", n0=n0, n=n, alpha=alpha, seed=seed, stop=stop, model="", versions={}
+    )
+    for name in ("sigma", "n0", "n", "alpha", "seed", "noise", "bound", "stop"):
+        if journal.settings.get(name, here[name]) != here[name]:
             raise SmoothingError(
                 f"{journal.path} was opened for {name}={journal.settings[name]}, "
-                f"but the call says {name}={value}"
+                f"but the call says {name}={here[name]}"
             )
-    return _certify_rows(smoothed, images, indices, journal, n0, n, alpha, batch_size, seed)
+    options = (n0, n, alpha, batch_size, seed, stop)
+    return _certify_rows(smoothed, images, indices, journal, options)
 
 
 def _certify_rows(
@@ -181,43 +192,42 @@ def _certify_rows(
     images: Callable[[int], tuple[Tensor, int]],
     indices: Iterable[int],
     journal: Journal,
-    n0: int,
-    n: int,
-    alpha: float,
-    batch_size: int,
-    seed: int,
+    options: tuple[Any, ...],
 ) -> Iterator[dict[str, Any]]:
-    for index in indices:
-        index = check_count("index", index, 0)
-        if index in journal.done:
-            continue
-        x, label = images(index)
-        label = check_count(f"the label of image {index}", label, 0)
-        if label >= smoothed.num_classes:
-            raise SmoothingError(
-                f"image {index} has label {label}, but the classifier has classes 0 to "
-                f"{smoothed.num_classes - 1}"
-            )
-        started = time.perf_counter()
-        try:
-            certificate = smoothed.certify(x, n0, n, alpha, batch_size, seed, index)
-            seconds = time.perf_counter() - started
-            clean_prediction = smoothed.predict_clean(x)
-        except SmoothingError as error:
-            raise SmoothingError(f"image {index}: {error}") from error
+    under_way: dict[int, tuple[Tensor, int]] = {}
+
+    def open_images() -> Iterator[tuple[int, Tensor]]:
+        for index in indices:
+            if index in journal.done:
+                continue
+            x, label = images(index)
+            label = check_count(f"the label of image {index}", label, 0)
+            if label >= smoothed.num_classes:
+                raise SmoothingError(
+                    f"image {index} has label {label}, but the classifier has classes 0 to "
+                    f"{smoothed.num_classes - 1}"
+                )
+            under_way[index] = x, label
+            yield index, x
+
+    started = time.perf_counter()
+    for certificate in smoothed.certify_many(open_images(), *options):
+        x, label = under_way.pop(certificate.index)
         prediction = certificate.prediction
         row = {
-            "index": index,
+            "index": certificate.index,
             "label": label,
             "prediction": prediction,
             "radius": certificate.radius,
             "correct": int(prediction == label and prediction != ABSTAIN),
             "top": certificate.top,
             "count": certificate.count,
+            "n": certificate.n,
             "p_lower": certificate.p_lower,
-            "clean_prediction": clean_prediction,
-            "seconds": round(seconds, 6),
+            "clean_prediction": smoothed.predict_clean(x),
+            "seconds": round(time.perf_counter() - started, 6),
         }
+        started = time.perf_counter()
         journal.append(row)
         yield row
 
@@ -257,6 +267,11 @@ def write_cohen_tsv(
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
         raise SmoothingError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _json_of(stop: StopRule | None) -> dict[str, Any] | None:
+    """The rule as JSON gives it back."""
+    return asdict(stop) | {"radii": list(stop.radii)} if stop else None
 
 
 def _version(package: str) -> str:

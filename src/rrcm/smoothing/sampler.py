@@ -9,21 +9,30 @@ Shapes: B batch, C channels, H height, W width, K classes.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rrcm.smoothing.checks import check_count, check_sigma
+from rrcm.smoothing.checks import check_sigma
 from rrcm.smoothing.errors import SmoothingError
+from rrcm.smoothing.exact import GridNoise, noisy, on_grid
 
 BLOCK_SIZE = 64
 """Samples in a block. It enters every noise value: another size is another random sequence."""
 
+NoiseName = Literal["gaussian", "exact"]
 Stream = Literal["selection", "estimation", "prediction"]
 """What the draws are for; streams are independent of one another at the same seed and image."""
+
+
+def block_key(seed: int, stream: Stream, index: int, block: int) -> bytes:
+    """16 bytes that name a block: a cryptographic hash, since Python's differs by process."""
+    name = f"{seed}/{stream}/{index}/{block}".encode()
+    return hashlib.blake2b(name, digest_size=16).digest()
 
 
 def noise_block(
@@ -46,9 +55,7 @@ def noise_block(
     Returns:
         Noise, float32 [BLOCK_SIZE, C, H, W].
     """
-    # A cryptographic hash, since Python's own hash() differs between processes.
-    name = f"{seed}/{stream}/{index}/{block}".encode()
-    digest = hashlib.blake2b(name, digest_size=16).digest()
+    digest = block_key(seed, stream, index, block)
     if device.type == "cpu":
         # Not torch's CPU generator: it keeps 32 bits of its seed, so two of the 1,563 blocks of
         # one image would be the same noise once in 3,500 images. Philox takes all 128 bits.
@@ -59,49 +66,116 @@ def noise_block(
     return torch.randn((BLOCK_SIZE, *shape), generator=generator, device=device)
 
 
-def noise_batches(
-    shape: Sequence[int],
-    num_samples: int,
-    batch_size: int,
-    *,
-    seed: int,
-    stream: Stream,
-    index: int,
-    device: torch.device,
-) -> Iterator[Tensor]:
-    """The first `num_samples` samples of a stream, in order, in batches of `batch_size`.
+class Noise(Protocol):
+    """A kind of noise: how noisy copies of an image are made."""
 
-    Arguments as `noise_block`. Joined together, the batches are the same for every batch size.
+    @property
+    def name(self) -> NoiseName:
+        """What the journal calls it."""
 
-    Yields:
-        Standard normal noise, float32 [B, C, H, W]; the last batch may be smaller.
+    def prepare(self, x: Tensor) -> Tensor:
+        """The image [C, H, W] in [0, 1] in the form that `noisy_block` takes."""
+
+    def noisy_block(
+        self, prepared: Tensor, block: int, *, seed: int, stream: Stream, index: int
+    ) -> Tensor:
+        """Copies 64 b to 64 b + 63 of an image, float32 [BLOCK_SIZE, C, H, W]."""
+
+    def mismatch(self, num_values: int) -> float:
+        """What `num_values` values of this noise cost of alpha, for not being the ideal."""
+
+
+class GaussianNoise:
+    """x + N(0, sigma^2 I) in float32, as all published codes draw it; no clipping after it.
+
+    Args:
+        sigma: Standard deviation, on the [0, 1] pixel scale.
     """
-    joined = torch.empty((0, *shape), device=device)
-    block = 0
-    for start in range(0, num_samples, batch_size):
-        size = min(batch_size, num_samples - start)
-        parts = [joined]
-        have = len(joined)
-        while have < size:
-            parts.append(
-                noise_block(shape, block, seed=seed, stream=stream, index=index, device=device)
-            )
-            have += BLOCK_SIZE
-            block += 1
-        parts = [part for part in parts if len(part)]
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-        yield joined[:size]
-        joined = joined[size:]
+
+    name: NoiseName = "gaussian"
+
+    def __init__(self, sigma: float) -> None:
+        self.sigma = check_sigma(sigma)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        return x
+
+    def noisy_block(
+        self, prepared: Tensor, block: int, *, seed: int, stream: Stream, index: int
+    ) -> Tensor:
+        noise = noise_block(
+            prepared.shape, block, seed=seed, stream=stream, index=index, device=prepared.device
+        )
+        return torch.add(prepared, noise, alpha=self.sigma, out=noise)
+
+    def mismatch(self, num_values: int) -> float:
+        return 0.0
 
 
-def base_logits(model: nn.Module, images: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+class ExactNoise:
+    """Whole grey levels, added as integers; see `rrcm.smoothing.exact`.
+
+    Args:
+        sigma: Standard deviation, on the [0, 1] pixel scale.
+    """
+
+    name: NoiseName = "exact"
+
+    def __init__(self, sigma: float) -> None:
+        self._grid = GridNoise(sigma)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        return on_grid(x)
+
+    def noisy_block(
+        self, prepared: Tensor, block: int, *, seed: int, stream: Stream, index: int
+    ) -> Tensor:
+        key = block_key(seed, stream, index, block)
+        levels = self._grid.draw((BLOCK_SIZE, *prepared.shape), key, prepared.device)
+        return noisy(prepared, levels)
+
+    def mismatch(self, num_values: int) -> float:
+        return self._grid.mismatch(num_values)
+
+
+NOISES: dict[NoiseName, Callable[[float], Noise]] = {
+    "gaussian": GaussianNoise,
+    "exact": ExactNoise,
+}
+
+
+class NoisyCopies:
+    """The noisy copies of one image and stream, in order, cut to any lengths.
+
+    Joined together, the pieces are the same however they are cut.
+    """
+
+    def __init__(self, x: Tensor, noise: Noise, *, seed: int, stream: Stream, index: int) -> None:
+        prepared = noise.prepare(x)
+        self._draw = partial(noise.noisy_block, prepared, seed=seed, stream=stream, index=index)
+        self._blocks = 0
+        self._rest = x.new_empty((0, *x.shape))
+
+    def fill(self, out: Tensor) -> None:
+        """Writes the next len(out) copies to out, float32 [B, C, H, W]."""
+        done = 0
+        while done < len(out):
+            if not len(self._rest):
+                self._rest = self._draw(self._blocks)
+                self._blocks += 1
+            take = min(len(self._rest), len(out) - done)
+            out[done : done + take] = self._rest[:take]
+            self._rest = self._rest[take:]
+            done += take
+
+
+def base_logits(model: Callable[[Tensor], Tensor], images: Tensor, num_classes: int) -> Tensor:
     """Logits of the base classifier, with its answer's form checked (not its values).
 
     Args:
         model: Maps float32 [B, C, H, W] to logits [B, K].
         images: Float32 [B, C, H, W], on the model's device.
         num_classes: K.
-        dtype: torch.float32, or torch.bfloat16 to run under autocast.
 
     Returns:
         Logits, [B, K].
@@ -110,10 +184,7 @@ def base_logits(model: nn.Module, images: Tensor, num_classes: int, dtype: torch
         SmoothingError: The model fails on the batch, or gives no tensor [B, K].
     """
     try:
-        with torch.autocast(
-            images.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16
-        ):
-            logits = model(images)
+        logits = model(images)
     except torch.OutOfMemoryError as error:
         raise SmoothingError(
             f"out of memory with a batch of {len(images)} images: use a smaller batch_size"
@@ -135,71 +206,3 @@ def base_logits(model: nn.Module, images: Tensor, num_classes: int, dtype: torch
             f"(batch, num_classes), got {list(logits.shape)}"
         )
     return logits
-
-
-def class_counts(
-    model: nn.Module,
-    x: Tensor,
-    sigma: float,
-    num_samples: int,
-    *,
-    num_classes: int,
-    batch_size: int,
-    seed: int,
-    stream: Stream,
-    index: int,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """How often the base classifier gives each class to `x` under Gaussian noise.
-
-    `SampleUnderNoise` of Cohen et al. (2019), section 3.2. The counts do not depend on
-    `batch_size` as far as the model's own arithmetic does not: some matrix kernels round otherwise
-    at another batch size, which can turn a sample whose two top logits are almost equal.
-
-    Args:
-        model: Base classifier in eval mode, float32 [B, C, H, W] -> logits [B, K].
-        x: Image, float32 [C, H, W] with values in [0, 1], on the model's device.
-        sigma: Standard deviation of the noise, on the [0, 1] pixel scale. No clipping after it.
-        num_samples: Number of noisy copies, at least 1.
-        num_classes: K.
-        batch_size: Noisy copies in one forward pass.
-        seed: Seed of the run.
-        stream: What the draws are for.
-        index: Number of the image; it enters the noise.
-        dtype: torch.float32, or torch.bfloat16 for a forward pass under autocast. The noise and
-            its sum with the image are float32 in either case.
-
-    Returns:
-        Counts, int64 [K] on the CPU; they sum to `num_samples`. A tie of logits goes to one class
-        of the tied ones, as torch's argmax does.
-
-    Raises:
-        SmoothingError: An argument is out of its range, the model fails or answers in another
-            shape, or a logit is NaN or infinite.
-    """
-    sigma = check_sigma(sigma)
-    num_samples = check_count("num_samples", num_samples, 1)
-    batch_size = check_count("batch_size", batch_size, 1)
-    counts = torch.zeros(num_classes, dtype=torch.int64, device=x.device)
-    num_broken = torch.zeros((), dtype=torch.int64, device=x.device)
-    with torch.inference_mode():
-        for noise in noise_batches(
-            x.shape,
-            num_samples,
-            batch_size,
-            seed=seed,
-            stream=stream,
-            index=index,
-            device=x.device,
-        ):
-            logits = base_logits(model, torch.add(x, noise, alpha=sigma), num_classes, dtype)
-            counts += torch.bincount(logits.argmax(dim=1), minlength=num_classes)
-            num_broken += (~torch.isfinite(logits).all(dim=1)).sum()
-        # The only wait for the device: reading a value in the loop would stall it at each batch.
-        broken = int(num_broken)
-    if broken:
-        raise SmoothingError(
-            f"the model gave NaN or infinite logits on {broken} of {num_samples} noisy copies "
-            f"of image {index}; no certificate can rest on them"
-        )
-    return counts.cpu()

@@ -3,16 +3,19 @@
 Shapes: B batch, C channels, H height, W width, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
+from rrcm.smoothing.anytime import AnytimeBound, AnytimeTest, StopRule
 from rrcm.smoothing.bounds import certified_radius, clopper_pearson_lower, top_two_p_value
 from rrcm.smoothing.checks import check_alpha, check_count, check_sigma
+from rrcm.smoothing.engine import Draws, Engine, FixedDraws, Job, find_batch_size, top_class
 from rrcm.smoothing.errors import SmoothingError
-from rrcm.smoothing.sampler import Stream, base_logits, class_counts
+from rrcm.smoothing.sampler import NOISES, NoiseName, base_logits
 
 ABSTAIN = -1
 """The prediction of a smoothed classifier that declines to name a class."""
@@ -58,6 +61,8 @@ def certificate_from_counts(
     alpha: float,
     seed: int = 0,
     index: int = 0,
+    spent: float = 0.0,
+    p_lower: float | None = None,
 ) -> Certificate:
     """The decision of CERTIFY, given the class counts of its two sets of draws.
 
@@ -73,6 +78,9 @@ def certificate_from_counts(
         alpha: Probability of error, between 0 and 1.
         seed: Recorded in the certificate.
         index: Recorded in the certificate.
+        spent: The part of alpha that the noise has used up (`Noise.mismatch`).
+        p_lower: Lower bound of the top class's probability where another than Clopper and
+            Pearson's is used.
 
     Raises:
         SmoothingError: An argument is out of its range.
@@ -87,9 +95,10 @@ def certificate_from_counts(
     alpha, sigma = check_alpha(alpha), check_sigma(sigma)
     n0 = check_count("n0, the sum of selection,", sum(selection), 1)
     n = check_count("n, the sum of estimation,", sum(estimation), 1)
-    top = max(range(len(selection)), key=selection.__getitem__)
+    top = top_class(selection)
     count = int(estimation[top])
-    p_lower = clopper_pearson_lower(count, n, alpha)
+    if p_lower is None:
+        p_lower = clopper_pearson_lower(count, n, alpha - spent)
     certified = p_lower > 0.5
     return Certificate(
         prediction=top if certified else ABSTAIN,
@@ -120,8 +129,10 @@ class SmoothedClassifier:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        noise: NoiseName = "gaussian",
+        compile: bool = False,
     ) -> None:
-        """Wraps a base classifier; puts it in eval mode, and leaves it so.
+        """Wraps a base classifier, which must be in eval mode.
 
         Args:
             model: Base classifier, float32 [B, C, H, W] -> logits [B, K]. Its input is an image
@@ -131,6 +142,9 @@ class SmoothedClassifier:
             device: Where to run; the model is moved there. None: where the model is.
             dtype: torch.float32, or torch.bfloat16 for forward passes under autocast (noise and
                 sums stay float32). Another dtype is, strictly, another base classifier.
+            noise: "gaussian", or "exact" for a guarantee that holds in floating point too, for
+                images on the 8-bit grid (docs/soundness.md).
+            compile: Run the model through torch.compile; every batch then has one shape.
 
         Raises:
             SmoothingError: An argument is out of its range, or the device cannot be used.
@@ -147,7 +161,19 @@ class SmoothedClassifier:
         else:
             self.device = _usable_device(device)
             model.to(self.device)
-        self.model = model.eval()
+        if any(module.training for module in model.modules()):
+            raise SmoothingError(
+                "the model is in train mode, so its answer depends on the batch or on chance: "
+                "call model.eval() first"
+            )
+        self.model = model
+        if noise not in NOISES:
+            raise SmoothingError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
+        self.noise = NOISES[noise](self.sigma)
+        self._compile = compile
+        self._forward = torch.compile(model, dynamic=False) if compile else model
+        self._state: tuple[tuple[int, int], ...] | None = None
+        self.batch_size: int | None = None
 
     def certify(
         self,
@@ -155,24 +181,31 @@ class SmoothedClassifier:
         n0: int = 100,
         n: int = 100_000,
         alpha: float = 0.001,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         seed: int = 0,
         index: int = 0,
+        stop: StopRule | None = None,
     ) -> Certificate:
         """Certifies the prediction at `x` in an L2 ball around it.
 
         With probability at least 1 - alpha over the noise drawn, either the certificate abstains,
         or the smoothed classifier returns its class at every image closer than its radius.
 
+        Without `stop` it takes n estimation draws and one Clopper-Pearson bound, as published. With
+        it, it draws until the rule's question is settled, and bounds by a confidence sequence,
+        which holds at any stopping time (docs/anytime.md).
+
         Args:
             x: Image, floating point [C, H, W], values in [0, 1].
             n0: Number of noisy copies that pick the class.
-            n: Number of further noisy copies that bound its probability.
+            n: Number of further noisy copies that bound its probability; not used with `stop`.
             alpha: Probability of error, between 0 and 1.
-            batch_size: Noisy copies in one forward pass; it changes the speed, not the noise.
+            batch_size: Noisy copies in one forward pass; it changes the speed, not the noise. None
+                finds one.
             seed: Seed of the run.
             index: Number of the image; images of one run need numbers of their own, so that their
                 noise is independent.
+            stop: When to stop drawing, and the most draws.
 
         Returns:
             The certificate; prediction ABSTAIN and radius 0 if the bound is not above 1/2.
@@ -182,24 +215,61 @@ class SmoothedClassifier:
 
         Source: Cohen et al. (2019), CERTIFY in the pseudocode of section 3.2, Proposition 2.
         """
+        images = [(check_count("index", index, 0), x)]
+        return next(self.certify_many(images, n0, n, alpha, batch_size, seed, stop))
+
+    def certify_many(
+        self,
+        images: Iterable[tuple[int, Tensor]],
+        n0: int = 100,
+        n: int = 100_000,
+        alpha: float = 0.001,
+        batch_size: int | None = None,
+        seed: int = 0,
+        stop: StopRule | None = None,
+    ) -> Iterator[Certificate]:
+        """Certifies images, sharing batches between them; each certificate as `certify`'s.
+
+        Args:
+            images: Pairs of an image's number and the image, all of one shape; read as needed.
+
+        Yields:
+            A certificate an image, in order. Each may be wrong with probability alpha.
+        """
         n0 = check_count("n0", n0, 1)
         n = check_count("n", n, 1)
         alpha = check_alpha(alpha)
         seed = check_count("seed", seed, 0)
-        index = check_count("index", index, 0)
-        x = self._checked_image(x)
-        selection = self._counts(x, n0, batch_size, seed, "selection", index)
-        estimation = self._counts(x, n, batch_size, seed, "estimation", index)
-        return certificate_from_counts(
-            selection, estimation, sigma=self.sigma, alpha=alpha, seed=seed, index=index
-        )
+        n_max = stop.n_max if stop else n
+
+        def jobs() -> Iterator[Job]:
+            for index, x in images:
+                checked = self._checked_image(x, index)
+                spent = self.noise.mismatch(n_max * checked.numel())
+                if stop:
+                    draws: Draws = AnytimeBound(AnytimeTest(self.sigma, alpha - spent, stop))
+                else:
+                    draws = FixedDraws(n)
+                yield Job(index, checked, n0, draws)
+
+        for job in self._run(jobs(), batch_size, seed):
+            yield certificate_from_counts(
+                job.selection,
+                job.estimation,
+                sigma=self.sigma,
+                alpha=alpha,
+                seed=seed,
+                index=job.index,
+                spent=self.noise.mismatch(n_max * job.x.numel()),
+                p_lower=job.draws.p_lower if isinstance(job.draws, AnytimeBound) else None,
+            )
 
     def predict(
         self,
         x: Tensor,
         n: int,
         alpha: float = 0.001,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         seed: int = 0,
         index: int = 0,
     ) -> int:
@@ -215,10 +285,12 @@ class SmoothedClassifier:
         alpha = check_alpha(alpha)
         seed = check_count("seed", seed, 0)
         index = check_count("index", index, 0)
-        x = self._checked_image(x)
-        counts = self._counts(x, n, batch_size, seed, "prediction", index)
+        job = Job(index, self._checked_image(x, index), n, first="prediction")
+        (job,) = self._run([job], batch_size, seed)
+        counts = job.selection
         first, second = sorted(range(self.num_classes), key=counts.__getitem__, reverse=True)[:2]
-        sure = top_two_p_value(counts[first], counts[second]) <= alpha
+        spent = self.noise.mismatch(n * job.x.numel())
+        sure = top_two_p_value(counts[first], counts[second]) <= alpha - spent
         return first if sure else ABSTAIN
 
     def predict_clean(self, x: Tensor) -> int:
@@ -230,35 +302,75 @@ class SmoothedClassifier:
         Raises:
             SmoothingError: `x` is no such image, or the model's answer is unusable.
         """
-        x = self._checked_image(x)
-        self.model.eval()
-        with torch.inference_mode():
-            logits = base_logits(self.model, x.unsqueeze(0), self.num_classes, self.dtype)
-            if not bool(torch.isfinite(logits).all()):
-                raise SmoothingError("the model gave NaN or infinite logits on an image")
-            return int(logits.argmax(dim=1))
+        logits = self._logits(self._usable(x).unsqueeze(0))
+        if not bool(torch.isfinite(logits).all()):
+            raise SmoothingError("the model gave NaN or infinite logits on an image")
+        return int(logits.argmax(dim=1))
 
-    def _counts(
-        self, x: Tensor, num_samples: int, batch_size: int, seed: int, stream: Stream, index: int
-    ) -> list[int]:
-        # Again, as the caller may have trained the model since it was wrapped.
-        self.model.eval()
-        counts: list[int] = class_counts(
-            self.model,
-            x,
-            self.sigma,
-            num_samples,
-            num_classes=self.num_classes,
-            batch_size=batch_size,
+    def _run(self, jobs: Iterable[Job], batch_size: int | None, seed: int) -> Iterator[Job]:
+        """Runs the jobs through the engine, after a look at the model with the first image."""
+        waiting = iter(jobs)
+        first = next(waiting, None)
+        if first is None:
+            return
+        self._check_model(first.x)
+        if batch_size is None:
+            self.batch_size = self.batch_size or find_batch_size(self._logits, first.x)
+            batch_size = self.batch_size
+        engine = Engine(
+            self._forward,
+            self.noise,
+            self.num_classes,
+            batch_size=check_count("batch_size", batch_size, 1),
             seed=seed,
-            stream=stream,
-            index=index,
             dtype=self.dtype,
-        ).tolist()
-        return counts
+            pad=self._compile,
+        )
+        yield from engine.run(chain([first], waiting))
+        self._check_state()
 
-    def _checked_image(self, x: Tensor) -> Tensor:
+    def _logits(self, images: Tensor) -> Tensor:
+        """Logits of the uncompiled model, in the engine's contexts."""
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16),
+        ):
+            return base_logits(self.model, images, self.num_classes)
+
+    def _check_model(self, x: Tensor) -> None:
+        """Refuses a model whose answer is not a function of its input alone."""
+        if any(module.training for module in self.model.modules()):
+            raise SmoothingError(
+                "the model is in train mode, so its answer depends on the batch or on chance: "
+                "call model.eval() first"
+            )
+        if self._state is not None:
+            return
+        self._state = _versions(self.model)
+        probe = torch.stack([x, 1 - x])
+        once, again = self._logits(probe), self._logits(probe)
+        self._check_state()
+        if not torch.equal(once.nan_to_num(), again.nan_to_num()):
+            raise SmoothingError(
+                "the model answered differently to two calls on the same images: a certificate "
+                "needs a function of the image; remove what draws at random or remembers"
+            )
+
+    def _check_state(self) -> None:
+        if _versions(self.model) != self._state:
+            raise SmoothingError(
+                "the model changed its parameters or buffers while it was certified: a certificate "
+                "needs a fixed function; freeze what is updated in forward()"
+            )
+
+    def _checked_image(self, x: Tensor, index: int) -> Tensor:
         """`x` in float32 on the device, refused unless it is a float image in [0, 1]."""
+        try:
+            return self._usable(x)
+        except SmoothingError as error:
+            raise SmoothingError(f"image {index}: {error}") from None
+
+    def _usable(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             raise SmoothingError(f"an image must be a torch.Tensor, got {type(x).__name__}")
         if not x.is_floating_point():
@@ -280,6 +392,11 @@ class SmoothedClassifier:
                 "normalise inside the model, not before it"
             )
         return x.detach().to(device=self.device, dtype=torch.float32)
+
+
+def _versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Which tensors the model holds, and how often each was written to."""
+    return tuple((id(t), t._version) for t in (*model.parameters(), *model.buffers()))
 
 
 def _device_of(model: nn.Module) -> torch.device:
