@@ -139,7 +139,7 @@ def exact_certificate(pixels: Tensor, index: int) -> Certificate:
 
 
 def test_gaussian_noise_in_floats_gives_a_false_certificate() -> None:
-    smoothed = SmoothedClassifier(ResidueReader(), SIGMA, num_classes=2)
+    smoothed = SmoothedClassifier(ResidueReader().eval(), SIGMA, num_classes=2)
     here = smoothed.certify(HERE.float() / 255, n=10_000, index=0)
     there = smoothed.certify(THERE.float() / 255, n=10_000, index=1)
     assert here.prediction == 0
