@@ -17,7 +17,7 @@ quickstart: install
 	$(BIN)/rrcm quickstart
 
 test: install
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest
 
 slow: install
 	$(BIN)/pytest -m slow

@@ -27,8 +27,8 @@ def test_the_published_cifar_settings():
 
 
 def test_overrides_are_typed_yaml():
-    recipe = load_recipe("digits", ["pretrain.lr=1e-4", "pretrain.steps=7", "seed=3"])
-    assert (recipe.pretrain.lr, recipe.pretrain.steps, recipe.seed) == (1e-4, 7, 3)
+    recipe = load_recipe("digits", ["pretrain.lr=1e-4", "pretrain.steps=700", "seed=3"])
+    assert (recipe.pretrain.lr, recipe.pretrain.steps, recipe.seed) == (1e-4, 700, 3)
 
 
 def test_an_override_holds_at_every_sigma():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rrcm import noise
-from rrcm.encoder import SIZES, Classifier, Encoder, attend, sinusoidal_embedding
+from rrcm.encoder import Classifier, Encoder, attend, sinusoidal_embedding
 from rrcm.errors import UserError
 from rrcm.pretrained import load_pretrained, save_pretrained
 
@@ -82,7 +82,7 @@ def test_moco_init_and_frozen_patch_embedding():
     [
         ({"patch_size": 3}, "not a multiple of patch_size 3"),
         ({"heads": 3}, "a multiple of heads 3"),
-        ({"depth": 0}, "depth must be at least 1"),
+        ({"depth": 0}, "sizes must be at least 1"),
         ({"init": "kaiming"}, "init must be"),
     ],
 )
@@ -179,9 +179,3 @@ def test_saving_where_nothing_can_be_written(encoder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot save the model"):
         save_pretrained(encoder, tmp_path / "file" / "encoder")
-
-
-def test_the_table_of_sizes_builds():
-    for size in SIZES.values():
-        with torch.device("meta"):
-            Encoder(image_size=32, patch_size=16, **size._asdict())

@@ -26,7 +26,9 @@ TINY = [
     "encoder.projector_hidden=16",
     "encoder.projector_dim=8",
     "pretrain.batch_size=32",
-    "pretrain.warmup_steps=2",
+    "pretrain.warmup_steps=1",
+    "pretrain.precision=float32",
+    "finetune.precision=float32",
     "pretrain.log_every=1",
     "finetune.batch_size=256",
     "finetune.log_every=1",
@@ -300,6 +302,64 @@ def test_pictures_of_the_wrong_size_or_kind(trained, refused, rrcm, tmp_path):
     code, printed, _ = rrcm("predict", model, tmp_path / "wide.png", "--n", 50, "--convert")
     assert code == 0
     assert "wide.png" in printed
+
+
+def test_a_stopped_certification_says_how_to_go_on(trained, tmp_path):
+    model, out = trained / "finetune" / "classifier", tmp_path / "certify"
+    command = ["certify", model, "--data", "digits", "--n", 2000, "-o", out]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rrcm.cli", *map(str, command)], stderr=subprocess.PIPE, text=True
+    )
+    journal = out / "journal.jsonl"
+    while not (journal.exists() and len(journal.read_text().splitlines()) > 3):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command to carry on" in err
+    assert "Traceback" not in err
+
+
+def test_saving_a_model_never_removes_other_files(shared, refused, tmp_path):
+    folder = shared / "golden" / "reference-tiny"
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "a.tex").write_text("years of work")
+    command = ["import-reference", folder / "nnet.pth", "--config", folder / "config.json"]
+    assert "holds other files (a.tex)" in refused(*command, "-o", thesis)
+    assert (thesis / "a.tex").read_text() == "years of work"
+
+
+def test_a_model_file_that_fails_is_one_clear_line(refused, tmp_path):
+    options = ["--data", "digits", "-o", tmp_path / "x", "--sigma", 0.5]
+    options += ["--image-size", 8, "--channels", 1]
+    for number, (text, words) in enumerate(
+        [
+            ("def model(:\n", "SyntaxError"),
+            ("import nowhere\n", "ModuleNotFoundError"),
+            ("def model():\n    raise KeyError('weights')\n", "KeyError at"),
+            ("def model(size):\n    pass\n", "TypeError"),
+        ]
+    ):
+        file = tmp_path / f"mine{number}.py"
+        file.write_text(text)
+        assert words in refused("certify", f"{file}:model", *options)
+    file = tmp_path / "seven.py"
+    file.write_text(
+        "import torch\n"
+        "def model():\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 7))\n"
+    )
+    assert "got [1, 7]" in refused("certify", f"{file}:model", *options)
+    assert not (tmp_path / "x").exists()
+
+
+def test_settings_that_cannot_train(refused, tmp_path):
+    pretrain = ["pretrain", "-r", "digits", "-o", tmp_path / "x"]
+    assert "warmup_steps 60 must be below steps 5" in refused(*pretrain, "pretrain.steps=5")
+    assert "cannot be its own negative" in refused(*pretrain, "pretrain.batch_size=9999")
+    assert not (tmp_path / "x").exists()
 
 
 def test_an_unwritable_folder(trained, refused, tmp_path):

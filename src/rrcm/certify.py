@@ -1,6 +1,10 @@
 """Certifies a model on a data set: from names on a command line to rows in a journal."""
 
+import hashlib
 import importlib.util
+import json
+import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +22,8 @@ from rrcm.smoothing import (
     StopRule,
     certify_images,
     journal_settings,
+    model_fingerprint,
+    read_journal,
     select_indices,
 )
 from rrcm.smoothing.sampler import NoiseName
@@ -79,7 +85,8 @@ def certify(
     """
     if isinstance(model, Classifier):
         model = at_sigma(model, sigma)
-    dtype = getattr(torch, resolve_precision(settings.precision, device))
+    path = out / "journal.jsonl"
+    dtype = getattr(torch, _precision(settings.precision, device, path))
     smoothed = SmoothedClassifier(
         model,
         sigma,
@@ -98,15 +105,18 @@ def certify(
         alpha=settings.alpha,
         seed=settings.seed,
         stop=settings.stop,
+        model=_fingerprint(model),
     )
-    path = out / "journal.jsonl"
 
     def image_and_label(index: int) -> tuple[Tensor, int]:
         return data.to_unit(images.image(index)), int(images.labels[index])
 
+    smoothed.predict_clean(image_and_label(indices[0])[0])  # a bad model fails before the journal
+    if settings.batch_size is not None and settings.batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {settings.batch_size}")
     with Journal(path, described) as journal:
         done = len([index for index in indices if index in journal.done])
-        right = sum(row["correct"] for row in journal.done.values())
+        right = sum(journal.done[index]["correct"] for index in indices if index in journal.done)
         with progress_bar(label, len(indices), "image", done=done) as advance:
             for row in certify_images(
                 smoothed,
@@ -123,6 +133,22 @@ def certify(
                 done, right = done + 1, right + row["correct"]
                 advance(done, f"{right / done:.1%} right")
     return path
+
+
+def _precision(wanted: str, device: torch.device, journal: Path) -> str:
+    """The resolved precision; a run that goes on keeps the one it began with."""
+    if wanted == "auto" and journal.is_file():
+        return str(read_journal(journal)[0].get("dtype", "float32"))
+    return resolve_precision(wanted, device)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """The weights' hash, and for a Classifier one that covers how it computes too."""
+    weights = model_fingerprint(model)
+    if not isinstance(model, Classifier):
+        return weights
+    facts = json.dumps([weights, model.encoder.config, model.head_input, model.level])
+    return hashlib.sha256(facts.encode()).hexdigest()
 
 
 def at_sigma(classifier: Classifier, sigma: float) -> Classifier:
@@ -150,11 +176,22 @@ def load_model(place: str) -> nn.Module:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        raise UserError(f"{file}: has no function {name!r} that makes the model")
-    model = factory()
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    sys.path.insert(0, str(Path(file).resolve().parent))  # as `python FILE.py` would
+    try:
+        spec.loader.exec_module(module)
+        factory = getattr(module, name, None)
+        if not callable(factory):
+            raise UserError(f"{file}: has no function {name!r} that makes the model")
+        model = factory()
+    except UserError:
+        raise
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{place}: {type(error).__name__} at {line.filename}:{line.lineno}: {reason}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{place}: returned {type(model).__name__}, expected a torch.nn.Module")
     return model.eval()

@@ -277,25 +277,30 @@ def _device(name: str | None) -> Any:
         return default_device()
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:120]
         raise UserError(f"--device {name}: {reason}") from None
     return device
 
 
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM; not KeyboardInterrupt, which typer would end without a word."""
+
+
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+    raise _Stopped
 
 
 def main() -> None:
     """Runs the command line: exit code 2 and one line for a user's mistake, 130 if stopped."""
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     warnings.showwarning = lambda message, *rest: print(f"warning: {message}", file=sys.stderr)
     try:
         app()
-    except KeyboardInterrupt:
-        print("stopped; the same command carries on", file=sys.stderr)
+    except _Stopped:
+        print("stopped; run the same command to carry on", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         from rrcm.errors import UserError
@@ -303,7 +308,7 @@ def main() -> None:
         from rrcm.training import Interrupted
 
         if isinstance(error, Interrupted):
-            print(f"stopped: {error}; the same command carries on", file=sys.stderr)
+            print(f"stopped: {error}; run the same command to carry on", file=sys.stderr)
             sys.exit(130)
         if isinstance(error, UserError | SmoothingError):
             print(f"error: {error}", file=sys.stderr)

@@ -9,10 +9,10 @@ import difflib
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rrcm.errors import UserError
 
@@ -81,6 +81,12 @@ class PretrainConfig(Section):
     """Steps between checkpoints; Ctrl-C and SIGTERM save at once."""
     log_every: Count = 10
 
+    @model_validator(mode="after")
+    def _warms_up_in_time(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
+        return self
+
 
 class FinetuneConfig(Section):
     epochs: Count
@@ -113,6 +119,14 @@ class FinetuneConfig(Section):
     log_every: Count = 10
     sigmas: dict[float, dict[str, Any]] = {}
     """For a sigma, the settings above that differ there."""
+
+    @model_validator(mode="after")
+    def _warms_up_in_time(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs:g} must be below epochs {self.epochs}"
+            )
+        return self
 
 
 class Recipe(Section):
@@ -171,6 +185,8 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
             text = Path(name_or_path).read_text()
         except OSError as error:
             raise UserError(f"recipe {name_or_path}: cannot read it: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"recipe {name_or_path}: is not a text file") from None
     else:
         place = f"recipe {name_or_path}"
         if name_or_path not in recipe_names():
@@ -197,7 +213,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
 def _parse_yaml(text: str, place: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         line = str(error).replace("\n", " ")
         raise UserError(f"{place}: not valid YAML: {line}") from None
 
@@ -233,6 +249,8 @@ def _validate(section: type[S], values: Any, place: str, prefix: str) -> S:
             hint = _did_you_mean(keys[-1], valid) or f"; valid: {', '.join(valid)}"
             raise UserError(f"{place}: {where}: unknown key{hint}") from None
         message = first["msg"].replace("Input should be", "should be")
+        if first["type"] == "value_error":
+            raise UserError(f"{place}: {where}: {message.removeprefix('Value error, ')}") from None
         if first["type"] == "missing":
             raise UserError(f"{place}: {where}: is missing") from None
         raise UserError(f"{place}: {where}: {message}, got {first['input']!r}") from None

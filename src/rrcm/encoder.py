@@ -6,7 +6,7 @@ K classes.
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,23 +16,6 @@ from torch import Tensor, nn
 from rrcm import noise
 
 HeadInput = Literal["prenorm", "norm"]
-
-
-class Size(NamedTuple):
-    """Width, depth, heads and projector width of a published model."""
-
-    width: int
-    depth: int
-    heads: int
-    projector_hidden: int
-
-
-SIZES = {
-    "S": Size(width=512, depth=6, heads=8, projector_hidden=2048),
-    "B": Size(width=768, depth=12, heads=12, projector_hidden=4096),
-    "B-cifar": Size(width=768, depth=12, heads=12, projector_hidden=2048),
-}
-"""The sizes whose settings are public (rRCM's configs); B-Deep's depth is not."""
 
 
 def sinusoidal_embedding(values: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
@@ -156,14 +139,15 @@ class Encoder(nn.Module, PyTorchModelHubMixin, library_name="rrcm"):
         freeze_patch_embed: bool = False,
     ) -> None:
         super().__init__()
+        sizes = (image_size, patch_size, in_channels, width, depth, heads, projector_hidden)
+        if min(sizes) < 1 or projector_dim < 1 or int(width * mlp_ratio) < 1:
+            raise ValueError(f"encoder: sizes must be at least 1, got {sizes}")
         if image_size % patch_size:
             raise ValueError(
                 f"encoder: image_size {image_size} is not a multiple of patch_size {patch_size}"
             )
         if width % 2 or width % heads:
             raise ValueError(f"encoder: width {width} must be even and a multiple of heads {heads}")
-        if depth < 1:
-            raise ValueError(f"encoder: depth must be at least 1, got {depth}")
         if init not in ("vit", "moco-v3"):
             raise ValueError(f"encoder: init must be 'vit' or 'moco-v3', got {init!r}")
         self.image_size = image_size
@@ -339,5 +323,9 @@ class Classifier(
 
     def logits(self, x: Tensor, level: float) -> Tensor:
         """Logits [B, K] of x [B, C, H, W] in [-1, 1] plus noise, read at the given noise level."""
+        return self.head(self.head_features(x, level))  # type: ignore[no-any-return]
+
+    def head_features(self, x: Tensor, level: float) -> Tensor:
+        """What the head reads, [B, D]; arguments as `logits`."""
         token = self.encoder.class_token(x, x.new_full((x.shape[0],), level))
-        return self.head(self.encoder.norm(token) if self.head_input == "norm" else token)  # type: ignore[no-any-return]
+        return self.encoder.norm(token) if self.head_input == "norm" else token

@@ -1,5 +1,6 @@
 """Stage two: fine-tuning a classifier for one sigma. The loop reads from top to bottom."""
 
+import copy
 import math
 import time
 from pathlib import Path
@@ -67,12 +68,13 @@ def finetune(
     # The model, and an optimiser for each stage.
     torch.manual_seed(seed_of(recipe.seed, "init"))
     encoder = load_pretrained(Encoder, encoder_dir) if encoder_dir else build_encoder(recipe)
-    _check_fit(encoder, recipe, encoder_dir)
+    _check_fit(encoder, recipe, encoder_dir, train.num_classes)
     torch.manual_seed(seed_of(recipe.seed, "head"))
     classifier = Classifier(
         encoder, train.num_classes, sigma, settings.head_input, train.class_names
     )
     classifier.to(device).train()
+    chosen_one = copy.deepcopy(classifier).eval()  # the best on validation so far
     optimizer = torch.optim.AdamW(
         layer_groups(classifier, settings.layer_decay, settings.freeze_head),
         lr=settings.lr,
@@ -90,8 +92,8 @@ def finetune(
     described = {
         "seed": recipe.seed,
         "sigma": sigma,
-        "data": {**recipe.data.model_dump(), "fingerprint": train.fingerprint},
-        "encoder": model_fingerprint(encoder),
+        "data": train.fingerprint,
+        "encoder": {**encoder.config, "weights": model_fingerprint(encoder)},
         "finetune": settings.model_dump(exclude=BOOKKEEPING),
     }
     with RunFolder(out, "finetune", described) as run:
@@ -99,12 +101,13 @@ def finetune(
             "classifier": classifier,
             "optimizer": optimizer,
             "head_optimizer": head_optimizer,
+            "best": chosen_one,
         }
         facts = run.restore(parts)
         first, best = facts.get("step", 0), facts.get("best", -1.0)
         precision = facts.get("precision") or resolve_precision(settings.precision, device)
 
-        started = time.perf_counter()
+        started = time.perf_counter() - facts.get("seconds", 0.0)
         label = f"fine-tune {sigma:g}"
         with (
             stop_requests() as stop,
@@ -137,9 +140,8 @@ def finetune(
                 set_lr(stage, peak_lr * scale)
                 classifier.zero_grad()
                 loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(
-                    classifier.parameters(), settings.clip or float("inf")
-                )
+                learning = [p for group in stage.param_groups for p in group["params"]]
+                norm = torch.nn.utils.clip_grad_norm_(learning, settings.clip or float("inf"))
                 stage.step()
 
                 # Validate after each epoch; keep the best at this sigma.
@@ -151,7 +153,7 @@ def finetune(
                     at_sigma = accuracies[noise.level_for_sigma(sigma)]
                     if done > head_steps and at_sigma >= best:
                         best = at_sigma
-                        save_pretrained(classifier, out / "classifier")
+                        chosen_one.load_state_dict(classifier.state_dict())
                 if len(entry) > 2 or done % settings.log_every == 0:
                     entry |= {
                         "loss": loss.item(),
@@ -162,10 +164,15 @@ def finetune(
                     run.log(entry)
                 advance(done, f"loss {loss.item():.3f}" + (f"  val {best:.3f}" if best > 0 else ""))
                 if done % settings.checkpoint_every == 0 or done == total_steps or stop:
-                    run.save(done, parts, precision=precision, best=best)
+                    spent = time.perf_counter() - started
+                    run.save(done, parts, precision=precision, best=best, seconds=spent)
                 if stop and done < total_steps:
                     raise Interrupted(f"saved at step {done} of {total_steps} in {out}")
-    return out / "classifier"
+        result = out / "classifier"
+        save_pretrained(chosen_one, result)
+        if stop:
+            raise Interrupted(f"finished, with the classifier in {result}")
+        return result
 
 
 def robust_loss(
@@ -190,8 +197,13 @@ def robust_loss(
 
 
 def head_loss(classifier: Classifier, x: Tensor, labels: Tensor, eta: float) -> Tensor:
-    """Cross-entropy plus eta times the prediction's entropy, on clean images at the least noise."""
-    logits = classifier.logits(x, noise.SIGMA_MIN).float()
+    """Cross-entropy plus eta times the prediction's entropy, on clean images at the least noise.
+
+    Only the head gets a gradient.
+    """
+    with torch.no_grad():
+        features = classifier.head_features(x, noise.SIGMA_MIN)
+    logits = classifier.head(features).float()
     return F.cross_entropy(logits, labels) + consistency_regulariser([logits], 0.0, eta)
 
 
@@ -230,7 +242,9 @@ def validate(
     return accuracies
 
 
-def _check_fit(encoder: Encoder, recipe: Recipe, encoder_dir: str | None) -> None:
+def _check_fit(encoder: Encoder, recipe: Recipe, encoder_dir: str | None, num_classes: int) -> None:
+    if num_classes < 2:
+        raise UserError(f"{recipe.data.source}: has {num_classes} class; a classifier needs two")
     wanted = (recipe.data.image_size, recipe.data.channels)
     if (encoder.image_size, encoder.in_channels) != wanted:
         raise UserError(

@@ -74,6 +74,8 @@ def read_image(path: Path, image_size: int, channels: int, convert: bool) -> Ten
                 found = f"{image.width}x{image.height} {image.mode}"
         except OSError as error:
             raise UserError(f"{path}: {error.strerror or 'is not an image file'}") from None
+        except Image.DecompressionBombError as error:
+            raise UserError(f"{path}: {error}") from None
         wanted = f"{image_size}x{image_size} {'L' if channels == 1 else 'RGB'}"
         if found != wanted:
             raise UserError(

@@ -52,6 +52,11 @@ def pretrain(recipe: Recipe, out: Path, device: torch.device) -> Path:
     """
     settings = recipe.pretrain
     images = load_split(recipe, "train")
+    if settings.batch_size > len(images):
+        raise UserError(
+            f"pretrain.batch_size is {settings.batch_size}, but {images.name} has "
+            f"{len(images)} training images: an image cannot be its own negative"
+        )
     make_views = data.pretrain_views(settings.views, recipe.data.image_size)
 
     # Models: the online network learns, the target and the evaluation copy follow it.
@@ -67,7 +72,7 @@ def pretrain(recipe: Recipe, out: Path, device: torch.device) -> Path:
     # The run's folder, and where it stands.
     described = {
         "seed": recipe.seed,
-        "data": {**recipe.data.model_dump(), "fingerprint": images.fingerprint},
+        "data": images.fingerprint,
         "encoder": recipe.encoder.model_dump(),
         "pretrain": settings.model_dump(exclude=BOOKKEEPING),
     }
@@ -82,7 +87,7 @@ def pretrain(recipe: Recipe, out: Path, device: torch.device) -> Path:
         first = facts.get("step", 0)
         precision = facts.get("precision") or resolve_precision(settings.precision, device)
 
-        started = time.perf_counter()
+        started = time.perf_counter() - facts.get("seconds", 0.0)
         with (
             stop_requests() as stop,
             progress_bar("pre-train", settings.steps, "step", done=first) as advance,
@@ -150,7 +155,8 @@ def pretrain(recipe: Recipe, out: Path, device: torch.device) -> Path:
                     )
                 advance(done, f"loss {loss.item():.3f}")
                 if done % settings.checkpoint_every == 0 or done == settings.steps or stop:
-                    run.save(done, parts, precision=precision)
+                    spent = time.perf_counter() - started
+                    run.save(done, parts, precision=precision, seconds=spent)
                 if stop and done < settings.steps:
                     raise Interrupted(f"saved at step {done} of {settings.steps} in {out}")
 
@@ -158,6 +164,8 @@ def pretrain(recipe: Recipe, out: Path, device: torch.device) -> Path:
         for buffer, learned in zip(average.buffers(), online.buffers(), strict=True):
             buffer.copy_(learned)
         save_pretrained(average, result)
+        if stop:
+            raise Interrupted(f"finished, with the encoder in {result}")
         return result
 
 

@@ -93,7 +93,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: lacks {', '.join(missing)}")
     for name in CONFIG_NAMES:
         kinds = (int, float) if name == "mlp_ratio" else (int,)
-        if not isinstance(settings[name], kinds) or settings[name] <= 0:
+        if not isinstance(settings[name], kinds) or not 0 < settings[name] < 1e6:
             raise UserError(f"{path}: {name} must be a positive number, got {settings[name]!r}")
     return settings
 
@@ -104,8 +104,12 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"{path}: cannot read the checkpoint: {error.strerror}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is not a plain torch checkpoint of tensors: {reason}") from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        # Not torch's own words: they advise to load with code execution allowed.
+        raise UserError(
+            f"{path} is not a plain torch checkpoint of tensors ({type(error).__name__})"
+        ) from None
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise UserError(f"{path}: expected a state dict (name -> tensor) as the reference saves it")
     return state

@@ -121,7 +121,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, parts, monkeypatch):
         def full(*_):
             raise OSError(28, os.strerror(28))
 
-        monkeypatch.setattr("rrcm.training.checkpoint.os.fsync", full)
+        monkeypatch.setattr("rrcm.training.checkpoint.fsync", full)
         with pytest.raises(UserError, match="cannot write the checkpoint: No space left"):
             run.save(2, parts)
     assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["000000001.safetensors"]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rrcm.errors import UserError
-from rrcm.report.files import write_whole
+from rrcm.files import write_whole
 from rrcm.report.results import (
     ABSTAIN,
     Results,

@@ -8,8 +8,8 @@ from pathlib import Path
 from numpy.typing import ArrayLike
 from rich.table import Table
 
+from rrcm.files import write_whole
 from rrcm.report.figures import accuracy_radius_figure
-from rrcm.report.files import write_whole
 from rrcm.report.results import Results, read_results
 from rrcm.report.table import (
     certified_accuracy_csv,

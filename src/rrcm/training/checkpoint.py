@@ -1,8 +1,8 @@
 """Training state on disk: one safetensors file a checkpoint, written whole or not at all."""
 
 import json
-import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rrcm.errors import UserError
+from rrcm.files import fsync, share
 
 Part = nn.Module | torch.optim.Optimizer
 
@@ -31,11 +32,12 @@ def save_checkpoint(path: Path, parts: Mapping[str, Part], meta: Mapping[str, An
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata={"meta": json.dumps(meta)})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        share(temporary)
+        fsync(temporary)
+        temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(f"{path}: cannot write the checkpoint: {reason}") from None
 

@@ -1,26 +1,28 @@
 """The folder of a training run: what it is, its log, its checkpoints; resumed by the same command.
 
-OUT/run.json          stage, settings and versions; a command that says otherwise is refused
+OUT/run.json          stage and settings; a command that says otherwise is refused
 OUT/log.jsonl         one line a logged step
 OUT/checkpoints/      the newest two training states
 OUT/encoder/ or OUT/classifier/    the result, once the stage is done
 """
 
 import json
-import os
+import re
 import signal
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
 from rrcm.errors import UserError
+from rrcm.files import write_whole
 from rrcm.training.checkpoint import Part, load_checkpoint, save_checkpoint
 
 KEPT_CHECKPOINTS = 2
+_RUN_FILE = re.compile(r"run\.lock|\.run\.json\..*\.tmp")
 
 
 class Interrupted(Exception):
@@ -47,10 +49,11 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if not self._description.exists():
-                strangers = [f.name for f in path.iterdir() if f.name != "run.lock"]
+                # A run killed while it wrote run.json leaves a lock and a draft.
+                strangers = [f.name for f in path.iterdir() if not _RUN_FILE.fullmatch(f.name)]
                 if strangers:
                     raise UserError(
-                        f"{path}: holds files that are not a run's ({strangers[0]}); "
+                        f"{path}: holds files that are not a run's ({min(strangers)}); "
                         "name a new or empty folder"
                     )
             self._lock = open(path / "run.lock", "a")  # noqa: SIM115  held until __exit__
@@ -61,7 +64,7 @@ class RunFolder:
             if self._description.exists():
                 _refuse_other_run(path, _read_json(self._description), wanted)
             else:
-                write_json(self._description, wanted)
+                write_whole(self._description, (json.dumps(wanted, indent=1) + "\n").encode())
         except OSError as error:
             raise UserError(f"{path}: cannot write here: {error.strerror}") from None
 
@@ -85,7 +88,8 @@ class RunFolder:
         folder = self.path / "checkpoints"
         save_checkpoint(folder / f"{step:09d}.safetensors", parts, {"step": step, **facts})
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
-            old.unlink(missing_ok=True)
+            with suppress(OSError):
+                old.unlink()
 
     def restore(self, parts: Mapping[str, Part]) -> dict[str, Any]:
         """Loads the newest readable checkpoint into the parts; returns its facts, {} if none.
@@ -117,26 +121,18 @@ class RunFolder:
         if not log.exists():
             return
         kept = []
-        for line in log.read_text().splitlines(keepends=True):
+        try:
+            lines = log.read_bytes().splitlines(keepends=True)
+        except OSError as error:
+            raise UserError(f"{log}: cannot read the log: {error.strerror}") from None
+        for line in lines:
             try:
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 continue
-        temporary = log.with_name("log.jsonl.tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, log)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+        if len(kept) < len(lines):
+            write_whole(log, b"".join(kept))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Writing whole files or none."""
+"""Files that appear whole or not at all."""
 
 import contextlib
 import os
@@ -26,6 +26,7 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_bytes(data)
+        fsync(draft)
         draft.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -35,3 +36,19 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> Path:
             f"cannot write {path}: {reason}; name a folder that can be written, on a disk with room"
         ) from error
     return path
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def share(path: Path) -> None:
+    """Gives a file or folder the permissions that a plain `open` or `mkdir` would have given it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
