@@ -125,7 +125,7 @@ def test_a_few_steps_equal_the_same_steps_written_out(tmp_path, changes):
     ours = checkpoint(tmp_path, 6 if recipe.finetune.head_epochs else 4)
     assert ours.keys() == plain.keys()
     for name, value in plain.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=2e-6, msg=name)
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=2e-5, msg=name)
 
 
 def test_each_stage_trains_its_part_alone(tmp_path):
@@ -146,8 +146,8 @@ def epochs(monkeypatch):
     """Stands in for `validate`: gives these accuracies in turn and keeps the weights it saw."""
 
     class Epochs:
-        accuracies: list[dict[float, float]]
-        weights: list[dict[str, torch.Tensor]] = []
+        def __init__(self):
+            self.accuracies, self.weights = [], []
 
         def validate(self, classifier, images, sigma, precision, device):
             assert images.split == "validation"
@@ -223,8 +223,8 @@ def test_validation_adds_noise_of_each_level_and_reads_it_there():
     for t, (x, level) in zip(levels, stub.seen, strict=True):
         draws = len(x) // 30
         assert draws == (34 if t == 0.6 else 1)  # at sigma, at least 1000 noisy images
-        eps = x.view(draws, 30, 1, 4, 4) - (2 * pixels / 255 - 1)
-        assert eps.std() == pytest.approx(t, rel=0.1)
+        eps = x.view(draws, 30, 1, 4, 4) - (2 * (pixels / 255) - 1)
+        assert eps.std() == pytest.approx(t, rel=0.1, abs=1e-6)
         assert eps.mean() == pytest.approx(0.0, abs=0.15 * t + 1e-6)
         if draws > 1:
             assert eps.std(0).mean() == pytest.approx(t, rel=0.1)  # the draws differ

@@ -131,7 +131,7 @@ def test_pretraining_reads_the_training_split_alone(tmp_path, monkeypatch):
         return load_images(source, split, **options)
 
     monkeypatch.setattr(data, "load_images", recorded)
-    pretrain(load_recipe("digits", [*TINY, "pretrain.steps=2"]), tmp_path, CPU)
+    pretrain(load_recipe("digits", [*TINY, "pretrain.steps=3"]), tmp_path, CPU)
     assert splits == ["train"]
 
 

@@ -17,6 +17,7 @@ from rrcm.report import (
     certified_accuracy,
     clean_accuracy,
     default_radii,
+    high_probability_accuracy,
     read_results,
 )
 
@@ -311,3 +312,19 @@ def test_columns_of_different_lengths_are_refused(journal):
     (r,) = read_results(journal())
     with pytest.raises(UserError, match="one value an image"):
         replace(r, radius=r.radius[:1])
+
+
+def test_high_probability_accuracy_takes_off_the_wrong_certificates(cohen):
+    r = replace(cohen[0], settings={"alpha": 0.001})
+    # Of 500 certificates, more than 4 are wrong with probability 0.00017, more than 3 with 0.0018.
+    wanted = certified_accuracy(r, [0.25, 2.0]) - np.array([4 / 500, 0.0])
+    np.testing.assert_allclose(high_probability_accuracy(r, [0.25, 2.0]), wanted)
+    assert np.isnan(high_probability_accuracy(cohen[0], [0.25])).all()
+    with pytest.raises(UserError, match="rho must lie between 0 and 1"):
+        high_probability_accuracy(r, [0.25], rho=0.0)
+
+
+def test_draws_an_image_come_from_the_rows(journal, toy_rows):
+    rows = [row | {"n": 100 * (i + 1)} for i, row in enumerate(toy_rows)]
+    (r,) = read_results(journal(rows=rows, stop={"n_max": 1000}))
+    assert r.draws.tolist() == [100 * (i + 1) for i in range(len(rows))]

@@ -11,6 +11,7 @@ from rrcm.report.results import (
     certified_accuracy,
     clean_accuracy,
     default_radii,
+    high_probability_accuracy,
     read_results,
 )
 from rrcm.report.summary import Report, write_report
@@ -35,6 +36,7 @@ __all__ = [
     "certified_accuracy_table",
     "clean_accuracy",
     "default_radii",
+    "high_probability_accuracy",
     "noise_row_figure",
     "read_results",
     "write_report",

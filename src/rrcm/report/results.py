@@ -49,6 +49,8 @@ class Results:
     """[N] classes of the base classifier without noise; None: the log does not say."""
     seconds: NDArray[np.float64]
     """[N] time an image took; NaN: the log does not say."""
+    draws: NDArray[np.int64] | None = None
+    """[N] estimation draws an image took; None: the log does not say."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The header of a journal (n0, n, alpha, seed, model, ...); empty for a Cohen-format log."""
 
@@ -56,6 +58,8 @@ class Results:
         columns = [self.index, self.label, self.prediction, self.radius, self.seconds]
         if self.clean_prediction is not None:
             columns.append(self.clean_prediction)
+        if self.draws is not None:
+            columns.append(self.draws)
         shapes = {column.shape for column in columns}
         if len(shapes) != 1 or len(self.index.shape) != 1 or self.index.size == 0:
             raise UserError(
@@ -174,6 +178,42 @@ def accuracy_interval(successes: int, total: int, level: float = 0.95) -> tuple[
         raise UserError(
             f"no interval at level {level} for {successes} of {total} images: {error}"
         ) from error
+
+
+def high_probability_accuracy(
+    results: Results, radii: ArrayLike, rho: float = 0.001
+) -> NDArray[np.float64]:
+    """Lower bound of the certified accuracy that allows for false certificates.
+
+    Each of the N certificates may be wrong with probability alpha. With probability at least
+    1 - rho over all draws, the share of these images that is truly robust is not below the result;
+    `certified_accuracy` says nothing of the sort.
+
+    Args:
+        results: N images; their settings tell alpha.
+        radii: [R] L2 radii, 0 or more.
+        rho: Probability of error of the statement, between 0 and 1.
+
+    Returns:
+        [R] shares in [0, 1]; NaN if alpha is not known.
+
+    Raises:
+        UserError: rho or a radius is unusable.
+
+    Source: the bound of Cohen et al. (2019), appendix, with the exact binomial quantile of the
+        number of wrong certificates in place of Bernstein's inequality.
+    """
+    from scipy import stats
+
+    if not 0.0 < rho < 1.0:
+        raise UserError(f"rho must lie between 0 and 1, both excluded, got {rho}")
+    shares = certified_accuracy(results, radii)
+    alpha = results.settings.get("alpha")
+    if alpha is None:
+        return np.full_like(shares, np.nan)
+    wrong = float(stats.binom.ppf(1.0 - rho, results.images, alpha)) / results.images
+    bound: NDArray[np.float64] = np.maximum(shares - wrong, 0.0)
+    return bound
 
 
 def same_images(results: Sequence[Results]) -> bool:
@@ -346,6 +386,7 @@ def _read_journal(path: Path) -> Results:
                     correct=_optional_whole(row.get("correct"), "correct", where),
                     clean=None if clean is None else _whole(clean, "clean_prediction", where, 0),
                     seconds=_real(row.get("seconds", math.nan), "seconds", where, nan=True),
+                    draws=_optional_whole(row.get("n", settings.get("n")), "n", where),
                 )
             )
         except KeyError as error:
@@ -392,6 +433,7 @@ def _read_tsv(path: Path) -> Results:
                 correct=_optional_whole(row.get("correct"), "correct", where),
                 clean=None,
                 seconds=_duration(row["time"], where) if "time" in row else math.nan,
+                draws=None,
             )
         )
     stem = path.stem if path.suffix in _LOG_SUFFIXES else path.name
@@ -412,6 +454,7 @@ class _Image:
     correct: int | None
     clean: int | None
     seconds: float
+    draws: int | None
 
 
 def _results(
@@ -430,6 +473,7 @@ def _results(
     _warn_if_correct_disagrees(images, path)
     images = sorted(images, key=lambda image: image.index)
     clean = [image.clean for image in images if image.clean is not None]
+    draws = [image.draws for image in images if image.draws is not None]
     return Results(
         name=_name_parts(path, sigma)[0],
         sigma=sigma,
@@ -439,6 +483,7 @@ def _results(
         radius=np.array([image.radius for image in images], np.float64),
         clean_prediction=np.array(clean, np.int64) if len(clean) == len(images) else None,
         seconds=np.array([image.seconds for image in images], np.float64),
+        draws=np.array(draws, np.int64) if len(draws) == len(images) else None,
         settings=settings,
     )
 

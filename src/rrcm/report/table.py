@@ -24,6 +24,7 @@ from rrcm.report.results import (
     check_radii,
     clean_accuracy,
     default_radii,
+    high_probability_accuracy,
     number_text,
     same_images,
     sigma_text,
@@ -112,28 +113,35 @@ def certified_accuracy_csv(results: Sequence[Results], radii: ArrayLike | None =
     """The table for machines: all digits, shares in [0, 1], and every confidence interval.
 
     Columns: name, kind ("model" or "envelope"), sigma, images, n0, n, alpha, clean_accuracy, acr,
-    abstention_rate, max_radius (that n draws can certify), then for each radius certified_R,
-    certified_R_low and certified_R_high (95% Clopper-Pearson). Empty: unknown, beyond max_radius,
-    or (the ends of an envelope) not defined. Arguments and errors as `certified_accuracy_table`.
+    abstention_rate, max_radius (that n draws can certify), mean_draws and mean_seconds an image,
+    then for each radius certified_R, certified_R_low and certified_R_high (95% Clopper-Pearson),
+    certified_R_bound (`high_probability_accuracy`). Empty: unknown, beyond max_radius, or (the ends
+    of an envelope) not defined. Arguments and errors as `certified_accuracy_table`.
     """
     grid, rows = _rows(results, radii)
-    header = "name kind sigma images n0 n alpha clean_accuracy acr abstention_rate max_radius"
+    header = "name kind sigma images n0 n alpha clean_accuracy acr abstention_rate max_radius "
+    header += "mean_draws mean_seconds"
     titles = [f"certified_{number_text(r)}" for r in grid]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
-        header.split() + [title + end for title in titles for end in ("", "_low", "_high")]
+        header.split()
+        + [title + end for title in titles for end in ("", "_low", "_high", "_bound")]
     )
     for row in rows:
         r = row.results
         about: list[object] = [row.name, row.kind]
         if r is None:
-            about += ["", row.images] + [""] * 7
+            about += ["", row.images] + [""] * 9
         else:
             about += [r.sigma, row.images, *(r.settings.get(key) for key in ("n0", "n", "alpha"))]
             about += [clean_accuracy(r), average_certified_radius(r), abstention_rate(r), r.reach]
-        ends = zip(row.certified, row.low, row.high, strict=True)
-        numbers = [float(value) for triple in ends for value in triple]
+            about += [None if r.draws is None else float(r.draws.mean())]
+            about += [None if np.isnan(r.seconds).any() else float(r.seconds.mean())]
+        bound = np.full(grid.size, np.nan) if r is None else high_probability_accuracy(r, grid)
+        bound = np.where(np.isnan(row.certified), np.nan, bound)
+        ends = zip(row.certified, row.low, row.high, bound, strict=True)
+        numbers = [float(value) for four in ends for value in four]
         writer.writerow(about + ["" if math.isnan(value) else value for value in numbers])
     return out.getvalue()
 
@@ -242,6 +250,13 @@ def _notes(grid: NDArray[np.float64], rows: Sequence[_Row]) -> list[str]:
             f"{low:.1f} to {high:.1f} (sigma {sigma_text(r.sigma)}, r = {number_text(grid[k])}); "
             "the CSV has all."
         )
+    means = [
+        f"{r.draws.mean():,.0f} at sigma {sigma_text(r.sigma)}"
+        for _, r in models
+        if r.draws is not None and r.settings.get("stop")
+    ]
+    if means:
+        notes.append(f"Draws an image, on average: {', '.join(means)}.")
     short = {
         f"{radius_text(r.reach)} at sigma {sigma_text(r.sigma)} and n = {r.settings['n']:,}": None
         for row, r in models
