@@ -17,9 +17,11 @@ from rrcm.errors import UserError
 from rrcm.pretrained import load_pretrained
 from rrcm.progress import progress_bar
 from rrcm.smoothing import (
-    Journal,
+    Part,
+    Shard,
     SmoothedClassifier,
     StopRule,
+    Team,
     certify_images,
     journal_settings,
     model_fingerprint,
@@ -27,6 +29,7 @@ from rrcm.smoothing import (
     select_indices,
 )
 from rrcm.smoothing.sampler import NoiseName
+from rrcm.smoothing.scaleout import JOURNAL
 from rrcm.training import resolve_precision
 
 
@@ -65,8 +68,12 @@ def certify(
     settings: Settings,
     device: torch.device,
     label: str = "certify",
+    shard: Shard | None = None,
+    team: Team | None = None,
 ) -> Path:
     """Certifies images of a data set; resumes if `out` holds the same run.
+
+    With a team, the journal is there when rank 0 returns; with a shard, after `merge_folder`.
 
     Args:
         model: images [B, C, H, W] in [0, 1] plus noise -> logits [B, K].
@@ -76,6 +83,8 @@ def certify(
         settings: the protocol.
         device: where to run the model.
         label: what the progress bar says.
+        shard: certify this share only, into a journal of its own.
+        team: the processes to share the images with.
 
     Returns:
         The journal's path.
@@ -85,27 +94,29 @@ def certify(
     """
     if isinstance(model, Classifier):
         model = at_sigma(model, sigma)
-    path = out / "journal.jsonl"
-    dtype = getattr(torch, _precision(settings.precision, device, path))
+    precision = _precision(settings.precision, device, out)
+    if team:
+        precision = team.from_first("precision", precision)  # "auto" measures: one answer for all
     smoothed = SmoothedClassifier(
         model,
         sigma,
         images.num_classes,
         device=device,
-        dtype=dtype,
+        dtype=getattr(torch, precision),
         noise=settings.noise,
         compile=settings.compile,
     )
     indices = select_indices(len(images), settings.stride, max_images=settings.max_images)
     described = journal_settings(
         smoothed,
-        data=f"{images.name} {images.split} {images.fingerprint}",
+        data=f"{Path(images.name).name} {images.split} {images.fingerprint}",
         n0=settings.n0,
         n=settings.n,
         alpha=settings.alpha,
         seed=settings.seed,
         stop=settings.stop,
         model=_fingerprint(model),
+        indices=indices,
     )
 
     def image_and_label(index: int) -> tuple[Tensor, int]:
@@ -114,15 +125,17 @@ def certify(
     smoothed.predict_clean(image_and_label(indices[0])[0])  # a bad model fails before the journal
     if settings.batch_size is not None and settings.batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {settings.batch_size}")
-    with Journal(path, described) as journal:
-        done = len([index for index in indices if index in journal.done])
-        right = sum(journal.done[index]["correct"] for index in indices if index in journal.done)
-        with progress_bar(label, len(indices), "image", done=done) as advance:
+    with Part(out, described, shard=shard, team=team) as part:
+        rows = list(part.journal.done.values())
+        right, seen = sum(row["correct"] for row in rows), len(rows)
+        with progress_bar(
+            label, len(indices), "image", done=part.done, hidden=team is not None and team.rank > 0
+        ) as advance:
             for row in certify_images(
                 smoothed,
                 image_and_label,
-                indices,
-                journal,
+                part.todo(),
+                part.journal,
                 n0=settings.n0,
                 n=settings.n,
                 alpha=settings.alpha,
@@ -130,15 +143,18 @@ def certify(
                 seed=settings.seed,
                 stop=settings.stop,
             ):
-                done, right = done + 1, right + row["correct"]
-                advance(done, f"{right / done:.1%} right")
-    return path
+                part.count_row()
+                right, seen = right + row["correct"], seen + 1
+                advance(part.done, f"{right / seen:.1%} right")
+            part.finish(advance)
+    return part.journal.path if shard else out / JOURNAL
 
 
-def _precision(wanted: str, device: torch.device, journal: Path) -> str:
+def _precision(wanted: str, device: torch.device, out: Path) -> str:
     """The resolved precision; a run that goes on keeps the one it began with."""
-    if wanted == "auto" and journal.is_file():
-        return str(read_journal(journal)[0].get("dtype", "float32"))
+    journals = sorted(out.glob("journal*.jsonl")) if wanted == "auto" else []
+    if journals:
+        return str(read_journal(journals[0])[0].get("dtype", "float32"))
     return resolve_precision(wanted, device)
 
 

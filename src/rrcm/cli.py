@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn
@@ -149,15 +150,23 @@ def certify(
     channels: Annotated[int | None, typer.Option(help="1 or 3, for a FILE.py model.")] = None,
     image_column: Annotated[str | None, typer.Option(help="Where a table has several.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Where a table has several.")] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Certify part i of k, from 0; then: rrcm merge.", metavar="i/k"),
+    ] = None,
     device: Device = None,
 ) -> None:
-    """Certify a model on images by randomized smoothing (Cohen et al. 2019)."""
+    """Certify a model on images by randomized smoothing (Cohen et al. 2019).
+
+    Under torchrun or accelerate launch, the processes share the images.
+    """
     from rrcm import certify as engine
     from rrcm.data import load_images
     from rrcm.encoder import Classifier
     from rrcm.errors import UserError
-    from rrcm.smoothing import StopRule
+    from rrcm.smoothing import Shard, StopRule, Team
 
+    share = Shard.parse(shard) if shard else None
     module = engine.load_model(model)
     if isinstance(module, Classifier):
         sigma = module.sigma if sigma is None else sigma
@@ -187,13 +196,30 @@ def certify(
         image_column=image_column,
         label_column=label_column,
     )
-    print(f"{data}: {len(images)} images; {images.note}")
     if isinstance(module, Classifier) and module.num_classes != images.num_classes:
         raise UserError(
             f"certify: {model} knows {module.num_classes} classes, {data} has {images.num_classes}"
         )
-    path = engine.certify(module, images, sigma, out, settings, _device(device))
-    _print_report([path])
+    with Team.from_environment() or nullcontext() as team:
+        first = team is None or team.rank == 0
+        if first:
+            print(f"{data}: {len(images)} images; {images.note}")
+        place = _device(device, team is not None)
+        path = engine.certify(module, images, sigma, out, settings, place, shard=share, team=team)
+    if share:
+        print(f"wrote {path}; when all {share.count} shards are done: rrcm merge {out}")
+    elif first:
+        _print_report([path])
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="The run's folder.", metavar="DIR")],
+) -> None:
+    """Merge the journals of a run's shards into its journal.jsonl, once all images are done."""
+    from rrcm.smoothing import merge_folder
+
+    print(f"merged {merge_folder(run)} images into {run / 'journal.jsonl'}")
 
 
 @app.command()
@@ -267,16 +293,18 @@ def _print_report(
         print(f"wrote {file}")
 
 
-def _device(name: str | None) -> Any:
+def _device(name: str | None, in_team: bool = False) -> Any:
+    """The device to use; in a team, each process of a machine takes a GPU of its own."""
     import torch
 
     from rrcm.errors import UserError
     from rrcm.pretrained import default_device
 
-    if name is None:
-        return default_device()
     try:
-        device = torch.device(name)
+        device = default_device() if name is None else torch.device(name)
+        if in_team and device.type == "cuda" and device.index is None:
+            local = int(os.environ.get("LOCAL_RANK", "0"))
+            device = torch.device("cuda", local % max(torch.cuda.device_count(), 1))
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:120]

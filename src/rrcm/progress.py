@@ -35,9 +35,14 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress_bar(
-    label: str, total: int, unit: str, done: int = 0, console: Console | None = None
+    label: str,
+    total: int,
+    unit: str,
+    done: int = 0,
+    console: Console | None = None,
+    hidden: bool = False,
 ) -> Iterator[Advance]:
-    """A bar on stderr from `done` to `total`; yields the function that moves it."""
+    """A bar on stderr from `done` to `total`, unless hidden; yields the function that moves it."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
@@ -47,6 +52,7 @@ def progress_bar(
         TextColumn("{task.fields[text]}"),
         console=console or Console(stderr=True),
         speed_estimate_period=60,
+        disable=hidden,
     ) as progress:
         task = progress.add_task(label, total=total, completed=done, text="")
 

@@ -1,10 +1,6 @@
 """A run over a data set: which images, what a row says, and that a killed run goes on."""
 
 import json
-import random
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -160,36 +156,6 @@ def test_the_order_of_images_changes_no_row(uninterrupted: Path, tmp_path: Path)
     certify_all(path, indices=[980, 0, 500, 0])
     header, *lines = lines_but_seconds(uninterrupted)
     assert lines_but_seconds(path) == [header, lines[49], lines[0], lines[25]]
-
-
-def test_a_run_killed_at_random_points_ends_as_an_uninterrupted_one(
-    uninterrupted: Path, tmp_path: Path
-) -> None:
-    """SIGKILL to a real process, several times; then the rest in this one."""
-    path = tmp_path / "journal.jsonl"
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r});"
-        "from pathlib import Path; import test_protocol as t;"
-        f"journal = t.Journal({str(path)!r}, t.settings());"
-        "run = t.certify_images("
-        "    t.classifier(), t.image, t.INDICES, journal, batch_size=4, **t.RUN);"
-        "[print(row['index'], flush=True) for row in run]"
-    )
-    delays = random.Random(2)
-    num_rows = 0
-    for _ in range(4):
-        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            for _ in range(delays.randint(1, 5)):
-                assert process.stdout.readline()  # one more row of this attempt is on the disk
-            time.sleep(delays.uniform(0.0, 0.03))
-            process.kill()
-        assert process.returncode == -9, "the run ended before it was killed: give it more to do"
-        now = path.read_bytes().count(b"\n") - 1
-        assert num_rows < now < len(INDICES)
-        num_rows = now
-    certify_all(path)
-    assert lines_but_seconds(path) == lines_but_seconds(uninterrupted)
 
 
 def test_another_run_is_refused(uninterrupted: Path, tmp_path: Path) -> None:

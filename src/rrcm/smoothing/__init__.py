@@ -13,7 +13,8 @@ change its answer (Cohen et al., 2019). The base classifier takes float images [
     >>> if certificate.prediction != ABSTAIN:
     ...     print(certificate.prediction, certificate.radius)
 
-`certify_images` runs over a data set and writes a `Journal` that a killed run goes on with.
+`certify_images` runs over a data set and writes a `Journal` that a killed run goes on with; `Part`
+lets several processes share one run.
 """
 
 from rrcm.smoothing.anytime import StopRule
@@ -35,6 +36,7 @@ from rrcm.smoothing.protocol import (
     select_indices,
     write_cohen_tsv,
 )
+from rrcm.smoothing.scaleout import Part, Shard, Team, merge_folder, merge_journals
 from rrcm.smoothing.smoothed import (
     ABSTAIN,
     Certificate,
@@ -46,9 +48,12 @@ __all__ = [
     "ABSTAIN",
     "Certificate",
     "Journal",
+    "Part",
+    "Shard",
     "SmoothedClassifier",
     "SmoothingError",
     "StopRule",
+    "Team",
     "certificate_from_counts",
     "certified_radius",
     "certify_images",
@@ -58,6 +63,8 @@ __all__ = [
     "format_radius",
     "journal_settings",
     "max_radius",
+    "merge_folder",
+    "merge_journals",
     "model_fingerprint",
     "read_journal",
     "select_indices",

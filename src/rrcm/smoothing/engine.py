@@ -238,7 +238,8 @@ class _Snapshot:
         ]
         self._arrived = torch.cuda.Event() if on_gpu else None
         if self._arrived is not None:
-            self._arrived.record()
+            # Of the counts' device, which need not be the current one.
+            self._arrived.record(torch.cuda.current_stream(counts.device))
 
     def read(self, slot: int) -> tuple[list[int], list[int], int]:
         """(counts of the first stream, counts of the second, unusable copies) of a slot."""

@@ -101,17 +101,17 @@ class Journal:
         with open(self._fd, "rb", closefd=False) as file:
             data = file.read()
         settings, rows, whole = _parse(data, self.path)
-        differences = [] if settings is None else _differences(settings, self.settings)
-        if differences:
+        phrases = [] if settings is None else differences(settings, self.settings)
+        if phrases:
             raise SmoothingError(
-                f"{self.path} holds results under other settings: {'; '.join(differences)}. "
+                f"{self.path} holds results under other settings: {'; '.join(phrases)}. "
                 "Go on with the settings there, or write to another file"
             )
         if whole < len(data):
             self._truncate(whole)
         self._size = whole
         if settings is None:
-            self._write_line({"rrcm_journal": FORMAT, "settings": self.settings})
+            self._write_line(header_line(self.settings))
         return {row["index"]: row for row in rows}
 
     def _write_line(self, line: Mapping[str, Any]) -> None:
@@ -168,6 +168,28 @@ def read_journal(
     if settings is None:
         raise SmoothingError(f"{path} is empty: it holds no journal yet")
     return settings, rows
+
+
+def read_rows(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """As `read_journal`, of a file that another process may be making, growing or removing.
+
+    So a missing file or header is no error but gives no settings, and a torn line no warning.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None, []
+    except OSError as error:
+        raise SmoothingError(f"cannot read {path}: {error.strerror}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        settings, rows, _ = _parse(data, path)
+    return settings, rows
+
+
+def header_line(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The first line of a journal."""
+    return {"rrcm_journal": FORMAT, "settings": settings}
 
 
 def _open_locked(path: Path) -> int:
@@ -279,13 +301,13 @@ def _json_round_trip(value: Mapping[str, Any], what: str) -> dict[str, Any]:
     return result
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
     """One phrase for each setting that differs, nested ones with a dotted name."""
-    phrases = []
+    phrases: list[str] = []
     for key in sorted(there.keys() | here.keys()):
         old, new = there.get(key, _ABSENT), here.get(key, _ABSENT)
         if isinstance(old, dict) and isinstance(new, dict):
-            phrases += _differences(old, new, f"{prefix}{key}.")
+            phrases += differences(old, new, f"{prefix}{key}.")
         elif old != new:
             phrases.append(f"{prefix}{key} is {_shown(old)} there and {_shown(new)} here")
     return phrases

@@ -88,6 +88,7 @@ def journal_settings(
     stop: StopRule | None = None,
     model: str | None = None,
     versions: Mapping[str, str] | None = None,
+    indices: range | None = None,
 ) -> dict[str, Any]:
     """All that the certificates of a run rest on, for the header of its journal.
 
@@ -105,6 +106,8 @@ def journal_settings(
         stop: When to stop drawing; None draws n.
         model: Name of the model; None: its `model_fingerprint`.
         versions: Versions of the software; None: those of rrcm, torch, numpy and scipy here.
+        indices: The images of the run, as `select_indices` gives them, which several processes
+            can then share (`Part`); None: not recorded.
 
     Returns:
         A mapping that JSON can hold.
@@ -117,6 +120,7 @@ def journal_settings(
     return {
         "model": model_fingerprint(smoothed.model) if model is None else model,
         "data": data,
+        "indices": _selection(indices),
         "num_classes": smoothed.num_classes,
         "sigma": smoothed.sigma,
         "n0": check_count("n0", n0, 1),
@@ -272,6 +276,15 @@ def write_cohen_tsv(
 def _json_of(stop: StopRule | None) -> dict[str, Any] | None:
     """The rule as JSON gives it back."""
     return asdict(stop) | {"radii": list(stop.radii)} if stop else None
+
+
+def _selection(indices: range | None) -> dict[str, int] | None:
+    """Equal for ranges of equal elements."""
+    if indices is None:
+        return None
+    first = indices[0] if indices else 0
+    step = indices.step if len(indices) > 1 else 1
+    return {"start": first, "step": step, "count": len(indices)}
 
 
 def _version(package: str) -> str:
