@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line does, before torch
 
 SHARED = Path(os.environ.get("RRCM_SHARED", Path(__file__).parents[2] / "shared"))
 

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console
 
-# Threads that spin at a barrier starve each other where another process wants the cores: a training
-# step of the digits recipe then took 800 to 1,200 ms instead of 110 to 150 (two cores, measured).
-# Read when torch is first imported, so it is set here.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that spin long at a barrier starve each other where another process wants the cores: a
+# training step of the digits recipe took 800 to 1,200 ms beside one, 280 with this bound, and 75
+# either way on idle cores (two cores, GNU OpenMP). Read when torch is first imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 app = typer.Typer(
     name="rrcm",
