@@ -366,7 +366,9 @@ class SmoothedClassifier:
     def _checked_image(self, x: Tensor, index: int) -> Tensor:
         """`x` in float32 on the device, refused unless it is a float image in [0, 1]."""
         try:
-            return self._usable(x)
+            usable = self._usable(x)
+            self.noise.prepare(usable)  # refuses what this noise cannot be added to
+            return usable
         except SmoothingError as error:
             raise SmoothingError(f"image {index}: {error}") from None
 
