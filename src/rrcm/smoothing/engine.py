@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -132,11 +133,7 @@ class Engine:
             assert desk is not None
             # No `yield` inside: the contexts would leak into the caller's code. One context spans
             # many batches, so that autocast casts the weights once.
-            device_type = desk.images.device.type
-            with (
-                torch.inference_mode(),
-                torch.autocast(device_type, torch.bfloat16, enabled=self.dtype == torch.bfloat16),
-            ):
+            with forward_contexts(desk.images.device, self.dtype):
                 while not flights[0].done:
                     self._batch(flights, waiting, desk)
             done = flights.popleft()
@@ -181,6 +178,14 @@ class Engine:
             for flight in desk.looks[0][0]:
                 flight.look(desk.looks[0][1])
             desk.looks.popleft()
+
+
+@contextmanager
+def forward_contexts(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """What a forward pass of a certificate runs in: no gradients, and autocast for bfloat16."""
+    bfloat16 = dtype == torch.bfloat16
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        yield
 
 
 class _Waiting:

@@ -8,6 +8,7 @@ only under the same settings. The format:
     {"index": 20, ...}
 """
 
+import contextlib
 import fcntl
 import io
 import json
@@ -190,6 +191,30 @@ def read_rows(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
 def header_line(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The first line of a journal."""
     return {"rrcm_journal": FORMAT, "settings": settings}
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that is there whole, also after a power cut, or not at all.
+
+    Raises:
+        SmoothingError: It cannot be written; what was there before is unchanged.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise SmoothingError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _open_locked(path: Path) -> int:

@@ -1,6 +1,5 @@
 """A certification run: which images, in which order, resumable at every image."""
 
-import contextlib
 import hashlib
 import os
 import time
@@ -17,7 +16,7 @@ from rrcm.smoothing.anytime import StopRule
 from rrcm.smoothing.bounds import format_radius
 from rrcm.smoothing.checks import check_alpha, check_count
 from rrcm.smoothing.errors import SmoothingError
-from rrcm.smoothing.journal import Journal
+from rrcm.smoothing.journal import Journal, write_whole
 from rrcm.smoothing.smoothed import ABSTAIN, SmoothedClassifier
 
 
@@ -262,15 +261,7 @@ def write_cohen_tsv(
             )
     except KeyError as error:
         raise SmoothingError(f"a row lacks the column {error}: give rows of a journal") from None
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise SmoothingError(f"cannot write {path}: {error.strerror}") from error
+    write_whole(Path(path), ("\n".join(lines) + "\n").encode())
 
 
 def _json_of(stop: StopRule | None) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rrcm.smoothing.checks import check_count
 from rrcm.smoothing.errors import SmoothingError
-from rrcm.smoothing.journal import Journal, differences, header_line, read_rows
+from rrcm.smoothing.journal import Journal, differences, header_line, read_rows, write_whole
 
 JOURNAL = "journal.jsonl"
 """Name of a run's journal in its folder; parts are named journal.rank-1.jsonl and the like."""
@@ -467,7 +467,7 @@ def merge_journals(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLi
                 "command again, or the shards that did not finish"
             )
         lines = [header_line(settings), *(rows[index] for index in indices)]
-        _write_whole(out, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        write_whole(out, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
     return len(indices)
 
 
@@ -520,26 +520,6 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that is there whole, also after a power cut, or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise SmoothingError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H height, W width, K classes.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 from rrcm.smoothing.anytime import AnytimeBound, AnytimeTest, StopRule
 from rrcm.smoothing.bounds import certified_radius, clopper_pearson_lower, top_two_p_value
 from rrcm.smoothing.checks import check_alpha, check_count, check_sigma
-from rrcm.smoothing.engine import Draws, Engine, FixedDraws, Job, find_batch_size, top_class
+from rrcm.smoothing.engine import (
+    Draws,
+    Engine,
+    FixedDraws,
+    Job,
+    find_batch_size,
+    forward_contexts,
+    top_class,
+)
 from rrcm.smoothing.errors import SmoothingError
 from rrcm.smoothing.sampler import NOISES, NoiseName, base_logits
 
@@ -161,11 +170,7 @@ class SmoothedClassifier:
         else:
             self.device = _usable_device(device)
             model.to(self.device)
-        if any(module.training for module in model.modules()):
-            raise SmoothingError(
-                "the model is in train mode, so its answer depends on the batch or on chance: "
-                "call model.eval() first"
-            )
+        _check_eval(model)
         self.model = model
         if noise not in NOISES:
             raise SmoothingError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
@@ -242,14 +247,17 @@ class SmoothedClassifier:
         seed = check_count("seed", seed, 0)
         n_max = stop.n_max if stop else n
 
+        @cache
+        def test_of(num_values: int, rule: StopRule) -> AnytimeTest:
+            spent = self.noise.mismatch(n_max * num_values)
+            return AnytimeTest(self.sigma, alpha - spent, rule)
+
         def jobs() -> Iterator[Job]:
             for index, x in images:
                 checked = self._checked_image(x, index)
-                spent = self.noise.mismatch(n_max * checked.numel())
-                if stop:
-                    draws: Draws = AnytimeBound(AnytimeTest(self.sigma, alpha - spent, stop))
-                else:
-                    draws = FixedDraws(n)
+                draws: Draws = (
+                    AnytimeBound(test_of(checked.numel(), stop)) if stop else FixedDraws(n)
+                )
                 yield Job(index, checked, n0, draws)
 
         for job in self._run(jobs(), batch_size, seed):
@@ -331,19 +339,12 @@ class SmoothedClassifier:
 
     def _logits(self, images: Tensor) -> Tensor:
         """Logits of the uncompiled model, in the engine's contexts."""
-        with (
-            torch.inference_mode(),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16),
-        ):
+        with forward_contexts(self.device, self.dtype):
             return base_logits(self.model, images, self.num_classes)
 
     def _check_model(self, x: Tensor) -> None:
         """Refuses a model whose answer is not a function of its input alone."""
-        if any(module.training for module in self.model.modules()):
-            raise SmoothingError(
-                "the model is in train mode, so its answer depends on the batch or on chance: "
-                "call model.eval() first"
-            )
+        _check_eval(self.model)
         if self._state is not None:
             return
         self._state = _versions(self.model)
@@ -394,6 +395,14 @@ class SmoothedClassifier:
                 "normalise inside the model, not before it"
             )
         return x.detach().to(device=self.device, dtype=torch.float32)
+
+
+def _check_eval(model: nn.Module) -> None:
+    if any(module.training for module in model.modules()):
+        raise SmoothingError(
+            "the model is in train mode, so its answer depends on the batch or on chance: "
+            "call model.eval() first"
+        )
 
 
 def _versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
